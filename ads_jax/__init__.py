@@ -1,0 +1,1 @@
+"""ADS: adaptive domain scaling (arXiv 2502.05523)."""

@@ -1,0 +1,1 @@
+"""BAHE: behaviour aggregated hierarchical encoding (arXiv 2403.19347)."""

@@ -1,0 +1,56 @@
+"""`python -m experiments COMMAND`: every experiment, the preparation of data, and the comparison of results."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from experiments import progress, quickstart, results
+from experiments.datasets import Data, load
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Prepare a dataset: counts, lengths, what was left out; training reads only what this writes."""
+
+    data: Data
+
+
+@dataclass(frozen=True)
+class Compare:
+    """The figures of two results side by side, with their ratios."""
+
+    a: tyro.conf.Positional[Path]
+    b: tyro.conf.Positional[Path]
+
+
+COMMANDS = {
+    "quickstart": (quickstart.Quickstart, quickstart.run),
+    "prepare": (Prepare, lambda config: load(config.data)),
+    "compare": (Compare, lambda config: print(progress.table(results.compare(config.a, config.b)))),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command. What is wrong with the input is said in one line, and the exit status is 1."""
+    config = tyro.extras.subcommand_cli_from_dict(
+        {name: settings for name, (settings, _) in COMMANDS.items()},
+        prog="python -m experiments",
+        description="userscale's experiments.",
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    action = next(run for settings, run in COMMANDS.values() if isinstance(config, settings))
+    try:
+        action(config)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(f"  {note}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the four systems share; knows none of them."""

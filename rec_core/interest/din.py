@@ -1,0 +1,73 @@
+"""Deep interest network's local activation unit (Zhou et al., KDD 2018, arXiv 1706.06978, sections 4.3 and 5.3)."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+
+class Dice(nn.Module):
+    """`f(s) = p(s) s + (1 - p(s)) alpha s`, with alpha learned per unit, from 0 (equation 4).
+
+    The paper's p is the sigmoid of s standardised over the mini-batch. Here s is standardised over its units instead
+    (a layer norm without parameters): no running statistics, and an example's output does not depend on the others.
+    """
+
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, s: Float[Array, "... units"]) -> Float[Array, "... units"]:
+        alpha = self.param("alpha", nn.initializers.zeros, (s.shape[-1],), jnp.float32).astype(s.dtype)
+        p = nn.sigmoid(nn.LayerNorm(use_scale=False, use_bias=False, dtype=self.dtype)(s))
+        return p * s + (1 - p) * alpha * s
+
+
+class DIN(nn.Module):
+    """`v = sum_t a(e_t, target) e_t` (equation 3), `d_out = d`.
+
+    a is an MLP on `[q, k, q - k, q * k]` with Dice. The paper's sum is not normalised, so that its length tells how
+    strong the interest is; `softmax=True` normalises over the unpadded behaviours. It does not read time.
+    """
+
+    hidden: Sequence[int] = (80, 40)
+    softmax: bool = False
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self,
+        target: Float[Array, "B d"] | Float[Array, "B T d"],
+        sequence: Float[Array, "B T d"],
+        mask: Bool[Array, "B T"],
+        *,
+        time: Float[Array, "B T"] | None = None,
+    ) -> Float[Array, "B d"]:
+        mask = mask.astype(bool)
+        sequence = jnp.where(mask[..., None], sequence, 0).astype(self.dtype)
+        target = target.astype(self.dtype)
+        query = target if target.ndim == sequence.ndim else target[..., None, :]
+
+        hidden = Dice(self.dtype, name="dice_0")(self._first_layer(query, sequence))
+        for i, units in enumerate(self.hidden[1:], start=1):
+            hidden = Dice(self.dtype, name=f"dice_{i}")(nn.Dense(units, dtype=self.dtype, name=f"dense_{i}")(hidden))
+        score = nn.Dense(1, dtype=self.dtype, name="score")(hidden)[..., 0].astype(jnp.float32)
+
+        if self.softmax:
+            # A finite floor, so that a row of padding only has a defined softmax before it is masked to zeros.
+            score = jax.nn.softmax(jnp.where(mask, score, jnp.finfo(jnp.float32).min), axis=-1)
+        weight = jnp.where(mask, score, 0).astype(self.dtype)
+        total = jnp.einsum("...t,...td->...d", weight, sequence, preferred_element_type=jnp.float32)
+        return total.astype(self.dtype)
+
+    def _first_layer(self, q: Float[Array, "B 1|T d"], k: Float[Array, "B T d"]) -> Float[Array, "B T units"]:
+        """`[q, k, q - k, q * k] W + b` without the `[B, T, 4 d]` concatenation: the part of a shared q is computed
+        once a row, and for many candidates of one request the part of k once for all."""
+        d, units = k.shape[-1], self.hidden[0]
+        kernel = self.param("kernel_0", nn.initializers.lecun_normal(), (4 * d, units), jnp.float32)
+        bias = self.param("bias_0", nn.initializers.zeros, (units,), jnp.float32)
+        w_q, w_k, w_difference, w_product = jnp.split(kernel, 4)
+        q_part = q @ (w_q + w_difference).astype(self.dtype)
+        k_part = k @ (w_k - w_difference).astype(self.dtype)
+        return q_part + k_part + (q * k) @ w_product.astype(self.dtype) + bias.astype(self.dtype)

@@ -1,0 +1,337 @@
+"""The click model `y = sigmoid(MLP(s + E_U + E_I + E_O + dense))`, `+` being concatenation, with any interest module.
+
+`s` is what `config.interest` makes of the behaviours for the target: "din" gives DIN (arXiv 1706.06978), "average" a
+plain DNN with pooled behaviours. Behaviours are described by the target's features and share its tables.
+
+Float features (`dense`, such as LUM's answers) pass `sign(x) log(1 + |x|)`, which tames large counts and keeps small
+values as they are, and a linear layer of their own. A layer norm would not do: it erases the size of a single feature.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from rec_core import embedding, losses
+from rec_core.embedding import Categorical, Continuous, Cross, Feature, Hashed
+from rec_core.features import check_features, check_not_nan, check_shape
+from rec_core.interest import INTEREST, Dice
+from rec_core.sharding import constrain
+
+_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Config:
+    """`context_features` may cross fields of user and target: they see the fields of all three groups."""
+
+    item_features: tuple[Feature, ...]
+    user_features: tuple[Feature, ...] = ()
+    context_features: tuple[Feature, ...] = ()
+    interest: str = "din"  # a name in rec_core.interest.INTEREST
+    interest_options: tuple[tuple[str, Any], ...] = ()  # its fields, such as (("softmax", True),)
+    hidden: tuple[int, ...] = (200, 80)
+    dense: int = 0  # number of float features
+    dense_width: int = 32  # width of their linear layer
+    tasks: int = 1
+    dropout: float = 0.0
+    embedding_scale: float = 0.05  # standard deviation of new tables
+    dtype: str = "float32"  # of the computation; parameters and logits are float32
+
+    def __post_init__(self) -> None:
+        if not self.item_features:
+            raise ValueError("item_features is empty; the target needs at least one feature")
+        if self.interest not in INTEREST:
+            raise ValueError(f"interest is {self.interest!r}, must be one of {sorted(INTEREST)}")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}, must be one of {_DTYPES}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, must be in [0, 1)")
+        for name, least in (("dense", 0), ("dense_width", 1), ("tasks", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name} is {value}, must be at least {least}")
+        if not self.hidden or min(self.hidden) < 1:
+            raise ValueError(f"hidden is {self.hidden}, must be widths of at least one layer")
+        embedding.tables(self.features)
+        both = set(embedding.fields(self.user_features)) & set(embedding.fields(self.item_features))
+        if both:
+            raise ValueError(f"fields {sorted(both)} are in user_features and item_features; rename one of each")
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        return self.user_features + self.item_features + self.context_features
+
+    @property
+    def context_fields(self) -> tuple[str, ...]:
+        """Fields that the batch's `context` holds: what context features read and user and target do not give."""
+        given = {*embedding.fields(self.user_features), *embedding.fields(self.item_features)}
+        return tuple(name for name in embedding.fields(self.context_features) if name not in given)
+
+
+@struct.dataclass
+class Batch:
+    """B impressions, NumPy on the host or JAX on a device. Fields are named by the features' specs; see `Config`."""
+
+    target: Mapping[str, Any]  # each [B]; [B, C] for `score`
+    sequence: Mapping[str, Any]  # each [B, T], of the same fields as target
+    mask: Bool[Any, "B T"]  # true where there is a behaviour
+    label: Float[Any, "B"]  # clicked or not; [B, tasks] for several tasks
+    weight: Float[Any, "B"]  # 0 for padding
+    user: Mapping[str, Any] = struct.field(default_factory=dict)  # each [B]
+    context: Mapping[str, Any] = struct.field(default_factory=dict)  # each [B]; [B] or [B, C] for `score`
+    dense: Float[Any, "B F"] | None = None  # [B, C, F] or [B, F] for `score`
+    time: Float[Any, "B T"] | None = None  # age of the behaviours at the impression, seconds
+
+
+class Net(nn.Module):
+    """From vectors to logits; the tables are outside."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(
+        self,
+        user: Float[Array, "B d_U"] | None,
+        target: Float[Array, "B d_I"],
+        sequence: Float[Array, "B T d_I"],
+        mask: Bool[Array, "B T"],
+        context: Float[Array, "B d_O"] | None,
+        dense: Float[Array, "B F"] | None,
+        time: Float[Array, "B T"] | None,
+        deterministic: bool = True,
+    ) -> Float[Array, "B tasks"]:
+        c = self.config
+        interest = INTEREST[c.interest](**dict(c.interest_options), dtype=c.dtype, name="interest")
+        parts = [interest(target, sequence, mask, time=time), user, target, context]
+        if dense is not None:
+            dense = jnp.sign(dense) * jnp.log1p(jnp.abs(dense))
+            parts.append(nn.Dense(c.dense_width, dtype=c.dtype, name="dense")(dense))
+        x = jnp.concatenate([part.astype(c.dtype) for part in parts if part is not None], axis=-1)
+        for i, units in enumerate(c.hidden):
+            x = Dice(c.dtype, name=f"dice_{i}")(nn.Dense(units, dtype=c.dtype, name=f"mlp_{i}")(x))
+            x = nn.Dropout(c.dropout)(x, deterministic=deterministic)
+        return nn.Dense(c.tasks, dtype=jnp.float32, name="logit")(x.astype(jnp.float32))
+
+
+def init(key: Array, config: Config) -> dict[str, Any]:
+    """Parameters: `{"tables": {name: [rows, width]}, "net": ...}`, float32."""
+    table_key, net_key = jax.random.split(key)
+    item = embedding.width(config.item_features)
+
+    def vectors(specs: tuple[Feature, ...]) -> Array | None:
+        return jnp.zeros((1, embedding.width(specs))) if specs else None
+
+    net = Net(config).init(
+        net_key,
+        vectors(config.user_features),
+        jnp.zeros((1, item)),
+        jnp.zeros((1, 1, item)),
+        jnp.ones((1, 1), bool),
+        vectors(config.context_features),
+        jnp.zeros((1, config.dense)) if config.dense else None,
+        jnp.zeros((1, 1)),
+    )["params"]
+    return {"tables": embedding.init_tables(table_key, config.features, scale=config.embedding_scale), "net": net}
+
+
+def apply(
+    params: Any, batch: Batch, config: Config, *, key: Array | None = None, train: bool = False
+) -> Float[Array, "B"] | Float[Array, "B tasks"]:
+    """Logits, `[B]` for one task. `key` is for dropout, in training only."""
+    deterministic = not train or config.dropout == 0
+    if not deterministic and key is None:
+        raise ValueError(f"apply in training with dropout {config.dropout} needs a key")
+    # Laid out over the mesh's data axis, where there is one: left to itself the compiler may choose to replicate.
+    vectors = jax.tree.map(constrain, _embed(params["tables"], batch, config))
+    logits: Any = Net(config).apply(
+        {"params": params["net"]},
+        **vectors,
+        dense=batch.dense if config.dense else None,
+        deterministic=deterministic,
+        rngs=None if deterministic or key is None else {"dropout": key},
+    )
+    return logits[:, 0] if config.tasks == 1 else logits
+
+
+def objective(
+    params: Any,
+    output: Float[Array, "B"] | Float[Array, "B tasks"],
+    batch: Batch,
+    config: Config,
+    *,
+    key: Array | None = None,
+    axis_name: str | None = None,
+) -> tuple[Float[Array, ""], dict[str, losses.Sum]]:
+    """Mean binary cross-entropy over impressions (and tasks). The aux sums are of the whole batch, over all devices."""
+    weight = batch.weight if config.tasks == 1 else batch.weight[:, None]
+    total, count = losses.sum_over(axis_name, losses.bce_with_logits(output, batch.label, weight))
+    weight = jnp.broadcast_to(weight, output.shape).astype(jnp.float32)
+    predicted = jnp.sum(jax.nn.sigmoid(jnp.where(weight > 0, output, 0)) * weight)
+    clicks = jnp.sum(jnp.where(weight > 0, jnp.asarray(batch.label, jnp.float32), 0) * weight)
+    predicted, clicks = losses.sum_over(axis_name, (predicted, clicks))
+    aux = {"loss": (total, count), "predicted": (predicted, count), "clicked": (clicks, count)}
+    return losses.mean(total, count), jax.lax.stop_gradient(aux)
+
+
+def loss(
+    params: Any,
+    batch: Batch,
+    config: Config,
+    *,
+    key: Array | None = None,
+    train: bool = True,
+    axis_name: str | None = None,
+) -> tuple[Float[Array, ""], dict[str, losses.Sum]]:
+    output = apply(params, batch, config, key=key, train=train)
+    return objective(params, output, batch, config, key=key, axis_name=axis_name)
+
+
+def score(params: Any, batch: Batch, config: Config, *, chunk: int = 32) -> Float[Array, "B C"]:
+    """Logits of C candidates for each request: `[B, C]`, or `[B, C, tasks]` for several tasks.
+
+    User and behaviours are embedded once a request and never repeated; `chunk` candidates go through the interest
+    module and the MLP at a time. Label and weight are not read.
+    """
+    shape = next(iter(batch.target.values())).shape
+    if len(shape) != 2:
+        raise ValueError(f"score takes targets [B, C], got {shape}; for one target an example use apply")
+
+    def per_candidate(x: Array) -> Array:  # [B] or [B, C] to [C, B]
+        return jnp.broadcast_to(x if x.ndim == 2 else x[:, None], shape).T
+
+    dense = None
+    if config.dense:
+        given = jnp.asarray(batch.dense)
+        dense = jnp.broadcast_to(given if given.ndim == 3 else given[:, None], (*shape, config.dense)).swapaxes(0, 1)
+    tables = params["tables"]
+    shared = _embed(tables, batch, config, target=False)
+
+    def one(candidate: dict[str, Any]) -> Array:
+        part = replace(batch, target=candidate["target"], context=candidate["context"])
+        vectors: dict[str, Any] = shared | {
+            "target": embedding.embed(tables, config.item_features, part.target),
+            "context": _context(tables, part, config),
+        }
+        logits: Any = Net(config).apply({"params": params["net"]}, **vectors, dense=candidate["dense"])
+        return logits
+
+    candidates = {
+        "target": {name: per_candidate(jnp.asarray(x)) for name, x in batch.target.items()},
+        "context": {name: per_candidate(jnp.asarray(x)) for name, x in batch.context.items()},
+        "dense": dense,
+    }
+    logits = jax.lax.map(one, candidates, batch_size=min(chunk, shape[1])).swapaxes(0, 1)
+    return logits[..., 0] if config.tasks == 1 else logits
+
+
+def touched(batch: Batch, config: Config) -> dict[str, Int[Array, " n"]]:
+    """Rows of each table that the batch reads."""
+    groups: list[tuple[tuple[Feature, ...], Mapping[str, Any]]] = [
+        (config.user_features, batch.user),
+        (config.item_features, batch.target),
+        (config.item_features, batch.sequence),
+        (config.context_features, {**batch.user, **batch.target, **batch.context}),
+    ]
+    return embedding.touched(*groups)
+
+
+def check(batch: Batch, config: Config) -> None:
+    """ValueError naming field, row and value for what would pass unseen on a device. For batches of `apply`.
+
+    A row without any behaviour is legal: a new user.
+    """
+    if np.ndim(batch.mask) != 2 or 0 in np.shape(batch.mask):
+        raise ValueError(f"mask: shape {np.shape(batch.mask)}, must be [B, T] with at least one example and one slot")
+    size, length = np.shape(batch.mask)
+    if np.asarray(batch.mask).dtype != bool:
+        raise ValueError(f"mask: must be bool, got {np.asarray(batch.mask).dtype}")
+    check_features("user", config.user_features, batch.user, (size,))
+    check_features("target", config.item_features, batch.target, (size,))
+    check_features("sequence", config.item_features, batch.sequence, (size, length))
+    missing = [name for name in config.context_fields if name not in batch.context]
+    if missing:
+        raise ValueError(f"context: field {missing[0]!r} is missing; present: {sorted(batch.context)}")
+    together = {**batch.user, **batch.target, **batch.context}
+    check_features("context", config.context_features, together, (size,))
+    label = np.asarray(batch.label)
+    check_shape("label", label, (size,) if config.tasks == 1 else (size, config.tasks))
+    check_not_nan("label", label, finite=True)
+    check_shape("weight", batch.weight, (size,))
+    check_not_nan("weight", batch.weight, finite=True)
+    for name, values, wrong in (
+        ("label", label, (label < 0) | (label > 1)),
+        ("weight", np.asarray(batch.weight), np.asarray(batch.weight) < 0),
+    ):
+        if wrong.any():
+            row = np.argwhere(wrong)[0]
+            rule = "in [0, 1]" if name == "label" else "at least 0"
+            raise ValueError(f"{name}: {values[tuple(row)]} at row {row[0]} must be {rule}")
+    if config.dense and batch.dense is None:
+        raise ValueError(f"dense: missing, config.dense asks for {config.dense} float features")
+    if batch.dense is not None:
+        check_shape("dense", batch.dense, (size, config.dense))
+        check_not_nan("dense", batch.dense, finite=True)
+    if batch.time is not None:
+        check_shape("time", batch.time, (size, length))
+        check_not_nan("time", batch.time, finite=True)
+
+
+def example(batch_size: int = 8, seed: int = 0) -> tuple[Config, Batch]:
+    """A small config with every kind of feature, and a valid random batch."""
+    config = Config(
+        user_features=(Categorical("user", 20, 4), Continuous("activity", (0.0, 1.0, 2.0), 4)),
+        item_features=(Categorical("item", 30, 4), Hashed("brand", 16, 4)),
+        context_features=(Categorical("hour", 24, 4), Cross("user_x_brand", ("user", "brand"), 16, 4)),
+        interest_options=(("hidden", (8, 4)),),
+        hidden=(16, 8),
+        dense=3,
+        dense_width=4,
+    )
+    draw, length = np.random.default_rng(seed), 6
+    lengths = draw.integers(1, length + 1, batch_size)
+
+    def ids(high: int, *shape: int) -> np.ndarray:
+        return draw.integers(2, high, (batch_size, *shape)).astype(np.int32)
+
+    mask = np.arange(length) < lengths[:, None]
+    sequence = {"item": ids(30, length), "brand": ids(1000, length)}
+    return config, Batch(
+        user={"user": ids(20), "activity": draw.normal(1, 1, batch_size).astype(np.float32)},
+        target={"item": ids(30), "brand": ids(1000)},
+        sequence={name: np.where(mask, x, embedding.PAD) for name, x in sequence.items()},
+        mask=mask,
+        context={"hour": ids(24)},
+        dense=draw.normal(size=(batch_size, 3)).astype(np.float32),
+        label=draw.integers(0, 2, batch_size).astype(np.float32),
+        weight=np.ones(batch_size, np.float32),
+        time=np.sort(draw.exponential(1e5, (batch_size, length)).astype(np.float32))[:, ::-1].copy(),
+    )
+
+
+def _context(tables: Mapping[str, Any], batch: Batch, config: Config) -> Array | None:
+    if not config.context_features:
+        return None
+    fields = {**batch.user, **batch.target, **batch.context}
+    return embedding.embed(tables, config.context_features, fields)
+
+
+def _embed(tables: Mapping[str, Any], batch: Batch, config: Config, *, target: bool = True) -> dict[str, Any]:
+    vectors: dict[str, Any] = {
+        "user": embedding.embed(tables, config.user_features, batch.user) if config.user_features else None,
+        "sequence": embedding.embed(tables, config.item_features, batch.sequence),
+        "mask": batch.mask,
+        "time": batch.time,
+    }
+    if target:
+        vectors |= {
+            "target": embedding.embed(tables, config.item_features, batch.target),
+            "context": _context(tables, batch, config),
+        }
+    return vectors

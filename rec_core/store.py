@@ -1,0 +1,728 @@
+"""Ordered bytes -> bytes stores for what is computed offline and read online.
+
+Three users share this one small interface: a behaviour tree (user, key -> behaviours), knowledge (user, condition,
+as-of time -> vector) and a text table (text hash, model version -> vector). Three places hold it and answer alike:
+
+    open_store("memory:")                                  a dictionary: tests, one process, gone with it
+    open_store("/path/folder")                             LMDB, the embedded default: crash-safe, many processes
+    open_store("redis://user:password@host:port/db/name")  Redis, where many machines share it (rediss:// with TLS)
+
+`put` is one transaction: after it returns, every pair of the batch is stored (on LMDB: synced to disk); if it raises
+or the process dies inside it, none is, or, where only the acknowledgement was lost, all are. Writing again is harmless.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+import re
+import shutil
+import threading
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+MAX_KEY = 511  # bytes: LMDB's limit, held everywhere so that a store can move
+MAX_VALUE = 512 << 20  # bytes: Redis' limit
+FORMAT = b"1"
+
+T = TypeVar("T")
+Entry = tuple[bytes, bytes]
+
+
+class StoreError(RuntimeError):
+    """A store could not be opened, read or written; the message names the store, the reason and the remedy."""
+
+
+def open_store(
+    address: str | os.PathLike[str], *, version: str | None = None, readonly: bool = False, map_size: int = 64 << 20
+) -> Store:
+    """Opens the store at `address` (see the module's first lines) and makes it if absent and not `readonly`.
+
+    Args:
+      version: what wrote the entries (a model's version). An empty store takes it into its header; a store that holds
+        another one, or entries of no stated version, is refused. None: any version is accepted (`store.version`).
+      readonly: nothing can be written through this object, and an absent store is an error.
+      map_size: LMDB only, bytes of address space to start with; it doubles whenever it is full.
+
+    Raises:
+      StoreError: absent, not a store, damaged, unreachable, or of another version.
+      ValueError: an address or a version that cannot be one.
+    """
+    text = os.fspath(address)
+    if version is not None and (not isinstance(version, str) or not version):
+        raise ValueError(f"version is {version!r}: it must be a non-empty string, or None")
+    backend: _Backend
+    if text == "memory:":
+        if readonly:
+            raise StoreError("memory: starts empty, so there is nothing to read: open it without readonly=True")
+        backend, name = _Memory(), text
+    elif re.match(r"rediss?://", text):
+        backend, name = _Redis(text, readonly), _without_password(text)
+    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", text) or not text:
+        raise ValueError(f"address {text!r}: expected 'memory:', a folder, or 'redis://host:port/db/name'")
+    else:
+        if map_size < 1 << 16:
+            raise ValueError(f"map_size is {map_size}: at least {1 << 16} bytes are needed for an empty store")
+        backend = _Lmdb(Path(text), readonly, map_size)
+        name = str(Path(text))
+    store = Store(backend, name, readonly)
+    if version is not None:
+        try:
+            store.claim(version)
+        except BaseException:
+            store.close()
+            raise
+    return store
+
+
+class Store:
+    """An open store; made by `open_store`, closed by `close` or by leaving its `with` block. Safe between threads."""
+
+    def __init__(self, backend: _Backend, name: str, readonly: bool) -> None:
+        self._backend: _Backend | None = backend
+        self.name = name
+        self.readonly = readonly
+
+    def put(self, items: Iterable[Entry]) -> int:
+        """Writes the pairs in one transaction (all or none; of equal keys the last wins) and returns their number."""
+        backend = self._writable("put")
+        try:
+            batch = dict(items)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.name}: put takes an iterable of (key, value) pairs of bytes: {error}") from error
+        for key, value in batch.items():
+            _check_key(key)
+            if type(value) is not bytes or len(value) > MAX_VALUE:
+                what = f"{len(value)} bytes" if type(value) is bytes else type(value).__name__
+                raise ValueError(f"the value of key {key!r} is {what}: it must be bytes, at most {MAX_VALUE} of them")
+        if batch:
+            backend.put(batch)
+        return len(batch)
+
+    def get(self, keys: Iterable[bytes]) -> list[bytes | None]:
+        """The value of each key, in order; None where there is none."""
+        return self._open().get(_checked(keys))
+
+    def floor(self, keys: Iterable[bytes], prefix_length: int) -> list[Entry | None]:
+        """For each key the entry with the greatest stored key <= it that shares its first `prefix_length` bytes.
+
+        With keys that end in a big-endian time this is the newest entry not after a time. None where there is none.
+        """
+        asked = _checked(keys)
+        shortest = min(map(len, asked), default=prefix_length)
+        if not 0 <= prefix_length <= shortest:
+            raise ValueError(f"prefix_length is {prefix_length}: it must lie in 0..{shortest} (the shortest key)")
+        return self._open().floor(asked, prefix_length)
+
+    def scan(self, prefix: bytes = b"", *, limit: int | None = None) -> Iterator[Entry]:
+        """The entries whose keys start with `prefix`, by rising key, at most `limit` of them.
+
+        Read in pages of 1,024: a page is one moment's state, and what is written meanwhile may show in later pages.
+        """
+        if type(prefix) is not bytes:
+            raise ValueError(f"prefix is {prefix!r}: it must be bytes")
+        self._open()
+        return self._scan(prefix, limit)
+
+    def _scan(self, prefix: bytes, left: int | None) -> Iterator[Entry]:
+        after: bytes | None = None
+        while left is None or left > 0:
+            size = 1024 if left is None else min(1024, left)
+            page = self._open().page(prefix, after, size)
+            yield from page
+            if len(page) < size:
+                return
+            after = page[-1][0]
+            left = None if left is None else left - len(page)
+
+    def delete(self, keys: Iterable[bytes]) -> int:
+        """Removes the keys in one transaction and returns how many there were."""
+        backend = self._writable("delete")
+        asked = list(dict.fromkeys(_checked(keys)))
+        return backend.delete(asked) if asked else 0
+
+    def count(self) -> int:
+        """The number of entries."""
+        return self._open().count()
+
+    @property
+    def version(self) -> str | None:
+        """What wrote the entries, as claimed when the store was empty; None if nobody said."""
+        return self._open().version()
+
+    @property
+    def durable(self) -> bool:
+        """Whether an acknowledged put survives a loss of power: LMDB yes, memory no, Redis as its server is set
+        (`appendonly yes` and `appendfsync always`; False if the server does not tell)."""
+        return self._open().durable()
+
+    def claim(self, version: str) -> None:
+        """Takes `version` into an empty store's header; raises StoreError if the store has another version."""
+        backend = self._open()
+        held = backend.version() if self.readonly else backend.claim(version)
+        if held is None:
+            raise StoreError(f"{self.name}: holds entries of no stated version, not of {version!r}: use another store")
+        if held != version:
+            raise StoreError(
+                f"{self.name}: was written by version {held!r} and opened for {version!r}; entries of two versions do "
+                "not mix: use another store, or compute this one again"
+            )
+
+    def close(self) -> None:
+        """Closes the store; closing twice is harmless."""
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Store({self.name!r}, readonly={self.readonly}{', closed' if self._backend is None else ''})"
+
+    def _open(self) -> _Backend:
+        if self._backend is None:
+            raise StoreError(f"{self.name}: this store is closed")
+        return self._backend
+
+    def _writable(self, what: str) -> _Backend:
+        backend = self._open()
+        if self.readonly:
+            raise StoreError(f"{self.name}: {what} on a store opened with readonly=True")
+        return backend
+
+
+def _check_key(key: bytes) -> None:
+    if type(key) is not bytes or not 0 < len(key) <= MAX_KEY:
+        what = f"{len(key)} bytes" if type(key) is bytes else type(key).__name__
+        raise ValueError(f"key {key!r} is {what}: it must be bytes, 1 to {MAX_KEY} of them")
+
+
+def _checked(keys: Iterable[bytes]) -> list[bytes]:
+    asked = list(keys)
+    for key in asked:
+        _check_key(key)
+    return asked
+
+
+class _Backend(Protocol):
+    """What `Store` needs from a place, its arguments already checked."""
+
+    def put(self, batch: dict[bytes, bytes]) -> None: ...
+    def get(self, keys: list[bytes]) -> list[bytes | None]: ...
+    def floor(self, keys: list[bytes], prefix_length: int) -> list[Entry | None]: ...
+    def page(self, prefix: bytes, after: bytes | None, limit: int) -> list[Entry]: ...
+    def delete(self, keys: list[bytes]) -> int: ...
+    def count(self) -> int: ...
+    def version(self) -> str | None: ...
+    def claim(self, version: str) -> str | None: ...
+    def durable(self) -> bool: ...
+    def close(self) -> None: ...
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+class _Memory:
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._values: dict[bytes, bytes] = {}
+        self._keys: list[bytes] = []  # sorted
+        self._version: str | None = None
+
+    def put(self, batch: dict[bytes, bytes]) -> None:
+        with self._lock:
+            new = [key for key in batch if key not in self._values]
+            self._values.update(batch)
+            if len(new) < 32:
+                for key in new:
+                    bisect.insort(self._keys, key)
+            else:
+                self._keys.extend(new)
+                self._keys.sort()
+
+    def get(self, keys: list[bytes]) -> list[bytes | None]:
+        with self._lock:
+            return [self._values.get(key) for key in keys]
+
+    def floor(self, keys: list[bytes], prefix_length: int) -> list[Entry | None]:
+        found: list[Entry | None] = []
+        with self._lock:
+            for key in keys:
+                at = bisect.bisect_right(self._keys, key) - 1
+                near = self._keys[at] if at >= 0 else None
+                match = near is not None and near[:prefix_length] == key[:prefix_length]
+                found.append((near, self._values[near]) if match and near is not None else None)
+        return found
+
+    def page(self, prefix: bytes, after: bytes | None, limit: int) -> list[Entry]:
+        with self._lock:
+            at = bisect.bisect_left(self._keys, prefix) if after is None else bisect.bisect_right(self._keys, after)
+            near = self._keys[at : at + limit]
+            return [(key, self._values[key]) for key in near if key.startswith(prefix)]
+
+    def delete(self, keys: list[bytes]) -> int:
+        with self._lock:
+            gone = {key for key in keys if self._values.pop(key, None) is not None}
+            self._keys = [key for key in self._keys if key not in gone] if gone else self._keys
+        return len(gone)
+
+    def count(self) -> int:
+        with self._lock:
+            return len(self._keys)
+
+    def version(self) -> str | None:
+        return self._version
+
+    def claim(self, version: str) -> str | None:
+        with self._lock:
+            if self._version is None and not self._keys:
+                self._version = version
+            return self._version
+
+    def durable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+
+# ---- LMDB ------------------------------------------------------------------------------------------------------------
+
+
+class _Environment:
+    """The one LMDB environment that a process may have open for a folder; shared by its stores, counted in `users`."""
+
+    def __init__(self, folder: Path, readonly: bool, map_size: int) -> None:
+        import lmdb
+
+        data = folder / "data.mdb"
+        new = not data.exists()
+        if new:
+            if readonly:
+                raise StoreError(f"{folder}: there is no store to read: write it first, or check the path")
+            _new_folder(folder)
+        self.folder, self.readonly, self.users, self.pid = folder, readonly, 0, os.getpid()
+        self._gate = threading.Condition()
+        self._active, self._resizing = 0, False
+        size = max(map_size, 0 if new else 2 * data.stat().st_size)
+        try:
+            self.env = lmdb.open(
+                str(folder), map_size=size, readonly=readonly, max_dbs=2, max_readers=1022, sync=True, metasync=True,
+                lock=not readonly or os.access(folder, os.W_OK),
+            )  # fmt: skip
+        except lmdb.Error as error:
+            raise StoreError(f"{folder}: cannot be opened as an LMDB store: {error}") from error
+        try:
+            _refuse_cut_file(self.env, data)
+            if not readonly:
+                self.env.reader_check()  # frees the slots of readers that were killed
+            with self.env.begin() as txn:
+                if txn.stat()["entries"] and txn.get(b"header") is None:
+                    raise StoreError(f"{folder}: holds an LMDB database that is not a store: name another folder")
+            self.header = self.env.open_db(b"header", create=not readonly)
+            self.entries = self.env.open_db(b"entries", create=not readonly)
+            with self.env.begin(write=not readonly) as txn:
+                written = txn.get(b"format", db=self.header)
+                if written is None and not readonly:
+                    txn.put(b"format", FORMAT, db=self.header)
+                elif written != FORMAT:
+                    raise StoreError(f"{folder}: has store format {written!r} and this code reads {FORMAT!r}")
+            if new:
+                _sync_folder(folder)  # the file's name must survive a loss of power as well
+        except lmdb.Error as error:
+            self.env.close()
+            raise StoreError(f"{folder}: not a store, or damaged: {error}") from error
+        except BaseException:
+            self.env.close()
+            raise
+        self.file = _file_id(data)
+
+    def run(self, body: Callable[[Any], T], write: bool = False) -> T:
+        """`body(transaction)` in one transaction, again after the map has grown (here or by another process)."""
+        import lmdb
+
+        if self.pid != os.getpid():
+            raise StoreError(
+                f"{self.folder}: opened by process {self.pid} and used in {os.getpid()}: LMDB does not survive a fork, "
+                "open the store again in the child"
+            )
+        while True:
+            with self._gate:
+                self._gate.wait_for(lambda: not self._resizing)
+                self._active += 1
+                size = self.env.info()["map_size"]
+            try:
+                with self.env.begin(write=write, db=self.entries) as txn:
+                    return body(txn)
+            except lmdb.MapFullError:
+                size *= 2
+            except lmdb.MapResizedError:
+                size = 0  # adopt the size that another process has set
+            except lmdb.Error as error:
+                raise StoreError(f"{self.folder}: {self._explain(error, write)}") from error
+            finally:
+                with self._gate:
+                    self._active -= 1
+                    self._gate.notify_all()
+            self._resize(size)
+
+    def _resize(self, size: int) -> None:
+        import lmdb
+
+        with self._gate:
+            self._gate.wait_for(lambda: not self._resizing)
+            self._resizing = True
+            try:
+                self._gate.wait_for(lambda: self._active == 0)  # LMDB moves the map: no transaction may be open
+                if size == 0 or size > self.env.info()["map_size"]:
+                    self.env.set_mapsize(size)
+            except lmdb.Error as error:
+                raise StoreError(f"{self.folder}: the map cannot grow to {size} bytes: {error}") from error
+            finally:
+                self._resizing = False
+                self._gate.notify_all()
+
+    def _explain(self, error: Exception, write: bool) -> str:
+        if not write:
+            return f"cannot be read: {error}"
+        free = shutil.disk_usage(self.folder).free
+        return (
+            f"cannot be written, nothing of this batch was stored, earlier batches are safe: {error}; the disk has "
+            f"{free} bytes free ({free >> 20} MiB): if it is full, or a quota is, make room and put again"
+        )
+
+
+_ENVIRONMENTS: dict[Path, _Environment] = {}
+_ENVIRONMENTS_LOCK = threading.Lock()
+
+
+def _environment(folder: Path, readonly: bool, map_size: int) -> _Environment:
+    folder = folder.absolute().resolve()
+    with _ENVIRONMENTS_LOCK:
+        held = _ENVIRONMENTS.get(folder)
+        if held is not None and held.pid != os.getpid():
+            held.env.close()  # our copy of what was open before a fork; the parent keeps its own
+            held = None
+        if held is not None and held.file != _file_id(folder / "data.mdb"):  # the folder was removed or replaced
+            held = None
+        if held is None:
+            held = _ENVIRONMENTS[folder] = _Environment(folder, readonly, map_size)
+        elif held.readonly and not readonly:
+            raise StoreError(f"{folder}: is open for reading in this process: close that store before opening to write")
+        held.users += 1
+        return held
+
+
+def _release(held: _Environment) -> None:
+    with _ENVIRONMENTS_LOCK:
+        held.users -= 1
+        if held.users == 0 and held.pid == os.getpid():
+            held.env.close()
+            if _ENVIRONMENTS.get(held.folder) is held:
+                del _ENVIRONMENTS[held.folder]
+
+
+def _new_folder(folder: Path) -> None:
+    try:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in missing:
+            _sync_folder(path.parent)
+        others = sorted(set(os.listdir(folder)) - {"data.mdb", "lock.mdb"})
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot be made a store's folder: {error}") from error
+    if others:
+        raise StoreError(f"{folder}: holds other files ({others[0]!r}, ...) and no store: name a folder of its own")
+
+
+def _file_id(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _refuse_cut_file(env: Any, data: Path) -> None:
+    """Reading past the end of a cut-off file would kill the process (SIGBUS), so look before.
+
+    A sound file may be a few pages short, because LMDB does not write pages that were freed in the transaction that
+    made them; only then, which is rare, the tree is walked to tell the two apart.
+    """
+    need = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    size = data.stat().st_size
+    if size >= need:
+        return
+    try:
+        from lmdb.verify import VerifyError, verify  # lmdb >= 3
+    except ImportError:
+        return
+    try:
+        lost = [line for line in verify(str(data.parent)) if "beyond" in line]
+    except VerifyError as error:
+        lost = [str(error)]
+    if lost:
+        raise StoreError(f"{data}: is cut off, {size} of {need} bytes ({lost[0]}): restore it, or compute it again")
+
+
+class _Lmdb:
+    def __init__(self, folder: Path, readonly: bool, map_size: int) -> None:
+        self._held = _environment(folder, readonly, map_size)
+
+    def put(self, batch: dict[bytes, bytes]) -> None:
+        pairs = sorted(batch.items())  # in order the pages fill one after the other
+
+        def body(txn: Any) -> None:
+            txn.cursor().putmulti(pairs)
+
+        self._held.run(body, write=True)
+
+    def get(self, keys: list[bytes]) -> list[bytes | None]:
+        return self._held.run(lambda txn: [txn.get(key) for key in keys])
+
+    def floor(self, keys: list[bytes], prefix_length: int) -> list[Entry | None]:
+        def body(txn: Any) -> list[Entry | None]:
+            found: list[Entry | None] = []
+            with txn.cursor() as cursor:
+                for key in keys:
+                    if cursor.set_range(key):  # the first key >= key
+                        near = cursor.key()
+                        if near != key:
+                            near = cursor.key() if cursor.prev() else None
+                    else:
+                        near = cursor.key() if cursor.last() else None
+                    match = near is not None and near[:prefix_length] == key[:prefix_length]
+                    found.append((near, cursor.value()) if match else None)
+            return found
+
+        return self._held.run(body)
+
+    def page(self, prefix: bytes, after: bytes | None, limit: int) -> list[Entry]:
+        def body(txn: Any) -> list[Entry]:
+            found: list[Entry] = []
+            with txn.cursor() as cursor:
+                more = cursor.set_range(after or prefix) if after or prefix else cursor.first()
+                if more and after is not None and cursor.key() == after:
+                    more = cursor.next()
+                while more and len(found) < limit and cursor.key().startswith(prefix):
+                    found.append(cursor.item())
+                    more = cursor.next()
+            return found
+
+        return self._held.run(body)
+
+    def delete(self, keys: list[bytes]) -> int:
+        return self._held.run(lambda txn: sum(txn.delete(key) for key in keys), write=True)
+
+    def count(self) -> int:
+        return self._held.run(lambda txn: int(txn.stat(self._held.entries)["entries"]))
+
+    def version(self) -> str | None:
+        held = self._held.run(lambda txn: txn.get(b"version", db=self._held.header))
+        return None if held is None else held.decode()
+
+    def claim(self, version: str) -> str | None:
+        held = self.version()
+        if held is not None:
+            return held
+
+        def body(txn: Any) -> str | None:
+            held = txn.get(b"version", db=self._held.header)  # another process may have been faster
+            if held is not None:
+                return str(held.decode())
+            if txn.stat(self._held.entries)["entries"]:
+                return None
+            txn.put(b"version", version.encode(), db=self._held.header)
+            return version
+
+        return self._held.run(body, write=True)
+
+    def durable(self) -> bool:
+        flags = self._held.env.flags()
+        return bool(flags["sync"] and flags["metasync"] and not flags["writemap"])
+
+    def close(self) -> None:
+        _release(self._held)
+
+
+# ---- Redis -----------------------------------------------------------------------------------------------------------
+
+_CHUNK = 1024
+
+# One sorted set holds the keys (equal scores sort by bytes), one hash the values; a script reads both at one moment.
+_FLOOR = """
+local found = {}
+for i = 2, #ARGV do
+  local low = '-'
+  if ARGV[1] ~= '0' then low = '[' .. string.sub(ARGV[i], 1, tonumber(ARGV[1])) end
+  local near = redis.call('ZREVRANGEBYLEX', KEYS[1], '[' .. ARGV[i], low, 'LIMIT', 0, 1)[1] or false
+  found[2 * i - 3] = near
+  found[2 * i - 2] = near and redis.call('HGET', KEYS[2], near)
+end
+return found
+"""
+_PAGE = """
+local found = {}
+for i, key in ipairs(redis.call('ZRANGEBYLEX', KEYS[1], ARGV[1], ARGV[2], 'LIMIT', 0, tonumber(ARGV[3]))) do
+  found[2 * i - 1] = key
+  found[2 * i] = redis.call('HGET', KEYS[2], key)
+end
+return found
+"""
+
+
+def _without_password(address: str) -> str:
+    return re.sub(r"//[^@/]*@", "//", address)
+
+
+def _after_prefix(prefix: bytes) -> bytes:
+    """The upper bound, in ZRANGEBYLEX' form, of the keys that start with `prefix`."""
+    head = prefix.rstrip(b"\xff")
+    return b"(" + head[:-1] + bytes([head[-1] + 1]) if head else b"+"
+
+
+class _Redis:
+    """All keys of a store carry one hash tag, so a store lies on one node of a cluster."""
+
+    def __init__(self, address: str, readonly: bool) -> None:
+        self.name = _without_password(address)
+        try:
+            import redis
+            from redis.backoff import ExponentialBackoff
+            from redis.retry import Retry
+        except ImportError as error:
+            raise StoreError(f"{self.name}: needs the package redis: install the extra [redis]") from error
+        try:
+            url = urllib.parse.urlsplit(address)
+            port = url.port or 6379
+        except ValueError as error:
+            raise ValueError(f"address {self.name!r}: {error}") from error
+        match = re.fullmatch(r"/(\d+)/(.+)", url.path)
+        if match is None or not url.hostname or url.query or url.fragment:
+            raise ValueError(f"address {self.name!r}: expected the form redis://localhost:6379/0/name")
+        base = "userscale:{" + match[2] + "}:"
+        self._order, self._values, self._header = base + "keys", base + "values", base + "header"
+        self._redis: Any = redis.Redis(
+            host=url.hostname, port=port, db=int(match[1]), ssl=url.scheme == "rediss",
+            username=urllib.parse.unquote(url.username) if url.username else None,
+            password=urllib.parse.unquote(url.password) if url.password else None,
+            socket_timeout=60, socket_connect_timeout=5, retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 2),
+        )  # fmt: skip
+        try:
+            with self._errors():
+                memory = self._redis.info("memory")
+                if memory.get("maxmemory") and str(memory.get("maxmemory_policy", "")).startswith("allkeys"):
+                    raise StoreError(
+                        f"{self.name}: the server drops keys when memory is short (maxmemory-policy "
+                        f"{memory['maxmemory_policy']}): set it to noeviction"
+                    )
+                if not readonly:
+                    self._redis.hsetnx(self._header, "format", FORMAT)
+                written = self._redis.hget(self._header, "format")
+            if written is None:
+                raise StoreError(f"{self.name}: there is no store to read: write it first, or check the name")
+            if written != FORMAT:
+                raise StoreError(f"{self.name}: has store format {written!r} and this code reads {FORMAT!r}")
+        except BaseException:
+            self._redis.close()
+            raise
+
+    @contextmanager
+    def _errors(self, what: str = "cannot be read") -> Iterator[None]:
+        import redis
+
+        try:
+            yield
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            raise StoreError(f"{self.name}: {what}, the connection failed or was lost: {error}") from error
+        except redis.RedisError as error:
+            raise StoreError(f"{self.name}: {what}, the server refused: {error}") from error
+
+    def put(self, batch: dict[bytes, bytes]) -> None:
+        pairs = list(batch.items())
+        lost = "this batch was not acknowledged (all of it or nothing is stored: put it again)"
+        with self._errors(lost), self._redis.pipeline(transaction=True) as pipe:
+            for at in range(0, len(pairs), _CHUNK):
+                part = dict(pairs[at : at + _CHUNK])
+                pipe.hset(self._values, mapping=part)
+                pipe.zadd(self._order, dict.fromkeys(part, 0))
+            pipe.execute()
+
+    def get(self, keys: list[bytes]) -> list[bytes | None]:
+        with self._errors(), self._redis.pipeline(transaction=False) as pipe:
+            for at in range(0, len(keys), _CHUNK):
+                pipe.hmget(self._values, keys[at : at + _CHUNK])
+            return [value for part in pipe.execute() for value in part]
+
+    def floor(self, keys: list[bytes], prefix_length: int) -> list[Entry | None]:
+        with self._errors(), self._redis.pipeline(transaction=False) as pipe:
+            for at in range(0, len(keys), _CHUNK):
+                pipe.eval(_FLOOR, 2, self._order, self._values, prefix_length, *keys[at : at + _CHUNK])
+            flat = [x for part in pipe.execute() for x in part]
+        pairs = zip(flat[::2], flat[1::2], strict=True)
+        return [None if key is None else self._whole(key, value) for key, value in pairs]
+
+    def page(self, prefix: bytes, after: bytes | None, limit: int) -> list[Entry]:
+        low = b"(" + after if after is not None else b"[" + prefix if prefix else b"-"
+        with self._errors():
+            flat = self._redis.eval(_PAGE, 2, self._order, self._values, low, _after_prefix(prefix), limit)
+        return [self._whole(key, value) for key, value in zip(flat[::2], flat[1::2], strict=True)]
+
+    def _whole(self, key: bytes, value: bytes | None) -> Entry:
+        if value is None:
+            raise StoreError(f"{self.name}: key {key!r} has lost its value: something else wrote or evicted it")
+        return key, value
+
+    def delete(self, keys: list[bytes]) -> int:
+        lost = "this delete was not acknowledged (all of it or nothing is done: delete again)"
+        with self._errors(lost), self._redis.pipeline(transaction=True) as pipe:
+            for at in range(0, len(keys), _CHUNK):
+                pipe.zrem(self._order, *keys[at : at + _CHUNK])
+                pipe.hdel(self._values, *keys[at : at + _CHUNK])
+            return sum(pipe.execute()[1::2])
+
+    def count(self) -> int:
+        with self._errors():
+            return int(self._redis.zcard(self._order))
+
+    def version(self) -> str | None:
+        with self._errors():
+            held = self._redis.hget(self._header, "version")
+        return None if held is None else held.decode()
+
+    def claim(self, version: str) -> str | None:
+        held = self.version()
+        if held is None and self.count() == 0:
+            with self._errors("the version was not acknowledged"):
+                self._redis.hsetnx(self._header, "version", version)
+            held = self.version()  # another process may have been faster
+        return held
+
+    def durable(self) -> bool:
+        import redis
+
+        with self._errors():
+            try:
+                settings = self._redis.config_get("append*")
+            except redis.ResponseError:  # many hosted servers do not tell
+                return False
+        return bool(settings.get("appendonly") == "yes" and settings.get("appendfsync") == "always")
+
+    def close(self) -> None:
+        self._redis.close()

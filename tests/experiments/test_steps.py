@@ -1,0 +1,158 @@
+"""The three steps on a small world: what each reads, and that nothing of the future reaches a sample."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import lum_jax
+from experiments.datasets import make_world
+from experiments.steps import rank
+from experiments.steps.ask import ask, lay_out, looked_up, moments
+from experiments.steps.pretrain import columns, lum_config, lum_rows, pretrain
+from experiments.steps.problem import ANY, make_problem
+from experiments.steps.recall import target_ranks, targets
+from rec_core.data.world import World
+
+WORLD = World(users=60, items=220, categories=8, departments=2, domains=2, mean_length=20, max_length=60, seed=1)
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory):
+    return make_problem(make_world(WORLD, tmp_path_factory.mktemp("world"), log=str), log=str)
+
+
+@pytest.fixture(scope="module")
+def model(problem):
+    config = lum_config(problem, "6k")
+    return config, jax.jit(lum_jax.init, static_argnums=1)(jax.random.key(0), config)
+
+
+def test_conditions_are_hidden_at_the_asked_rate_and_items_never(problem):
+    shown, plain = columns(problem, hide=0.5, seed=3), columns(problem)
+    np.testing.assert_array_equal(shown["item"], plain["item"])
+    for name in ("condition_category", "condition_gap", "condition_domain"):
+        hidden = shown[name] == ANY
+        assert abs(hidden.mean() - 0.5) < 0.06
+        np.testing.assert_array_equal(shown[name][~hidden], plain[name][~hidden])
+
+
+def test_pretraining_rows_end_before_the_split(problem):
+    rows = lum_rows(problem, until=problem.train_end, max_length=16, row_length=32)
+    end = rows.windows.start + rows.windows.length
+    assert (problem.behaviors.columns["time"][end - 1] < problem.train_end).all()
+    trained = (problem.behaviors.columns["time"] < problem.train_end).sum()
+    assert rows.windows.length.sum() >= trained - problem.behaviors.users  # windows of one event teach nothing
+
+
+def test_moments_rest_on_older_behaviours_only(problem):
+    known = moments(problem.behaviors, every=5)
+    time = problem.behaviors.columns["time"]
+    assert (known.end > problem.behaviors.offsets[known.user]).all()
+    assert (time[known.end - 1] < known.as_of).all()
+    inside = known.end < problem.behaviors.offsets[known.user + 1]
+    assert (time[known.end[inside]] >= known.as_of[inside]).all()
+
+
+def test_tasks_hold_every_question_once_within_their_row():
+    row = np.random.default_rng(0).integers(0, 7, 200)
+    calls = lay_out(row, 16)
+    assert sorted(calls.question) == list(range(200))
+    np.testing.assert_array_equal(calls.row[calls.task], row[calls.question])
+    assert len(set(zip(calls.task.tolist(), calls.slot.tolist(), strict=True))) == 200 and calls.slot.max() < 16
+
+
+def test_answers_equal_separate_passes_and_cover_what_samples_look_up(problem, model, tmp_path):
+    config, params = model
+    knowledge = ask(
+        problem, params, config, store=str(tmp_path / "k"), max_length=16, every=4, rows_a_call=4, questions_a_row=24
+    )
+    known = moments(problem.behaviors, 4)
+    moment, category = looked_up(problem, known)
+    assert len(knowledge.answers) == len(moment)
+    given = columns(problem)
+    apply = jax.jit(lum_jax.query, static_argnums=3)
+    sequences = problem.behaviors
+    for number in np.random.default_rng(1).choice(len(moment), 12, replace=False):
+        m, c = moment[number], int(category[number])
+        user, end = known.user[m], known.end[m]
+        before = end - sequences.offsets[user]
+        begin = sequences.offsets[user] + max(0, -(-(before - 16) // 8)) * 8
+        assert 8 < end - begin <= 16 or begin == sequences.offsets[user]
+        place = np.minimum(begin + np.arange(16), end - 1)
+        mask = begin + np.arange(16) < end
+        batch = lum_jax.Batch(
+            item={n: (given[n][place] * mask)[None] for n in ("item", "category")},
+            condition={n: (given[f"condition_{n}"][place] * mask)[None] for n in problem.conditions},
+            segment_ids=mask.astype(np.int32)[None],
+            positions=(np.arange(16) * mask).astype(np.int32)[None],
+        )
+        condition = {n: np.array([[c if n == "category" else ANY]], np.int32) for n in problem.conditions}
+        expected = apply(params, batch, lum_jax.Queries(condition, np.ones((1, 1), np.int32)), config)[0, 0]
+        found, _, _ = knowledge.answers.read(np.array([user]), np.array([[c]]), np.array([known.as_of[m]]))
+        np.testing.assert_allclose(found[0, 0], expected, atol=3e-3)  # the store keeps float16
+
+
+def test_changing_events_at_or_after_t_changes_no_feature_of_a_sample_at_t(problem, model, tmp_path):
+    config, params = model
+    t = int(np.quantile(problem.samples.time, 0.6))
+    later = problem.behaviors.columns["time"] >= t
+    assert 0.2 < later.mean() < 0.8
+    changed = dict(problem.behaviors.columns)
+    changed["item"] = np.where(later, 2 + (changed["item"] + 17) % 200, changed["item"]).astype(np.int32)
+    changed["category"] = problem.category[changed["item"]]
+    other = dataclasses.replace(problem, behaviors=dataclasses.replace(problem.behaviors, columns=changed))
+    options = {"max_length": 16, "every": 4, "rows_a_call": 4, "questions_a_row": 24}
+    features, batches = [], []
+    for number, view in enumerate((problem, other)):
+        knowledge = ask(view, params, config, store=str(tmp_path / str(number)), **options)
+        features.append(rank.answer_features(view, knowledge))
+        index = np.arange(len(view.samples))
+        batches.append(rank.rank_batch(view, index, np.ones(len(index), np.float32), features[-1], 8))
+    at_t = problem.samples.time <= t
+    np.testing.assert_array_equal(features[0][at_t], features[1][at_t])
+    for a, b in zip(jax.tree.leaves(batches[0]), jax.tree.leaves(batches[1]), strict=True):
+        np.testing.assert_array_equal(a[at_t], b[at_t])
+    assert not np.array_equal(features[0][~at_t], features[1][~at_t])  # later samples do see the change
+
+
+def test_targets_are_after_training_and_ranks_are_of_the_whole_catalogue(problem, model):
+    config, params = model
+    index = targets(problem, 40)
+    assert (problem.behaviors.columns["time"][index] >= problem.train_end).all()
+    ranks = target_ranks(problem, params, config, index, length=8, batch_size=16)
+    assert ranks.shape == index.shape and ranks.min() >= 1 and ranks.max() <= WORLD.items
+    # An untrained model knows nothing: ranks are spread over the catalogue.
+    assert 0.25 * WORLD.items < np.median(ranks) < 0.75 * WORLD.items
+
+
+def test_pretraining_learns_and_ranker_runs_in_both_arms(problem, tmp_path):
+    config = lum_config(problem, "6k", negative_count=64)
+    trained = pretrain(
+        problem, config, until=problem.train_end, events=20_000, max_length=16, row_length=32, learning_rate=1e-2
+    )
+    losses = [record["loss"] for record in trained.history if "loss" in record]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3
+    index = targets(problem, 200)
+    hit = (target_ranks(problem, trained.params, config, index, length=16) <= 10).mean()
+    assert hit > 2 * 10 / WORLD.items  # twice what chance gives
+    train, test = problem.splits["train"], problem.splits["test"]
+    dense = np.random.default_rng(0).standard_normal((len(problem.samples), 3)).astype(np.float16)
+    for extra in (None, dense):
+        model = rank.rank_config(problem, dense=0 if extra is None else 3)
+        result = rank.train_ranker(problem, model, train, dense=extra, length=8, batch_size=256, epochs=2)
+        logits = rank.scores(problem, result.params, model, test, dense=extra, length=8, batch_size=128)
+        assert logits.shape == test.shape and np.isfinite(logits).all()
+        fitted = rank.scores(problem, result.params, model, train, dense=extra, length=8)
+        assert rank.auc(problem, train, fitted) > 0.6
+
+
+def test_the_store_of_another_model_is_refused(problem, model, tmp_path: Path):
+    config, params = model
+    folder = str(tmp_path / "k")
+    ask(problem, params, config, store=folder, max_length=16, every=20)
+    other = lum_jax.init(jax.random.key(9), config)
+    with pytest.raises(Exception, match="version"):
+        ask(problem, other, config, store=folder, max_length=16, every=20)

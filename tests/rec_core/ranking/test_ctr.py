@@ -1,0 +1,232 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rec_core import embedding
+from rec_core.embedding import Categorical
+from rec_core.ranking import ctr
+
+CONFIG, BATCH = ctr.example()
+PLAIN = dataclasses.replace(CONFIG, interest="average", interest_options=())
+
+
+@functools.cache
+def random_params(config, seed=1):
+    """Parameters of which none is zero, so that a test sees every one of them; nothing is compiled."""
+    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: ctr.init(jax.random.key(0), config)))
+    draw = np.random.default_rng(seed)
+    return jax.tree.unflatten(tree, [0.3 * draw.normal(size=x.shape).astype(np.float32) for x in leaves])
+
+
+PARAMS = random_params(CONFIG)
+loss_and_gradient = jax.jit(jax.value_and_grad(ctr.loss, has_aux=True), static_argnums=2)
+apply = jax.jit(ctr.apply, static_argnames=("config", "train"))
+
+
+def dice(s, alpha):
+    centered = s - s.mean()
+    p = 1 / (1 + np.exp(-centered / np.sqrt((centered**2).mean() + 1e-6)))
+    return p * s + (1 - p) * alpha * s
+
+
+def dense(p, x):
+    return x @ p["kernel"] + p["bias"]
+
+
+def numpy_logit(params, batch, row):
+    """The model of `example`, one impression at a time, without the code under test."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    tables, net = params["tables"], params["net"]
+
+    def hashed(name, spec, raw):
+        return tables[name][np.asarray(embedding.indices(spec, raw))].sum(0)
+
+    def item(raw):
+        return np.concatenate([tables["item"][raw["item"]], hashed("brand", CONFIG.item_features[1], raw)])
+
+    user = {name: x[row] for name, x in batch.user.items()}
+    target = {name: x[row] for name, x in batch.target.items()}
+    bucket = sum(user["activity"] >= cut for cut in (0.0, 1.0, 2.0))
+    e_u = np.concatenate([tables["user"][user["user"]], tables["activity"][bucket]])
+    cross = hashed("user_x_brand", CONFIG.context_features[1], user | target)
+    e_o = np.concatenate([tables["hour"][batch.context["hour"][row]], cross])
+    q, interest, unit = item(target), 0.0, net["interest"]
+    for t in np.flatnonzero(batch.mask[row]):
+        k = item({name: x[row, t] for name, x in batch.sequence.items()})
+        x = np.concatenate([q, k, q - k, q * k]) @ unit["kernel_0"] + unit["bias_0"]
+        x = dice(dense(unit["dense_1"], dice(x, unit["dice_0"]["alpha"])), unit["dice_1"]["alpha"])
+        interest = interest + dense(unit["score"], x) * k
+    extra = dense(net["dense"], np.sign(batch.dense[row]) * np.log1p(np.abs(batch.dense[row])))
+    x = np.concatenate([interest, e_u, q, e_o, extra])
+    for i in range(2):
+        x = dice(dense(net[f"mlp_{i}"], x), net[f"dice_{i}"]["alpha"])
+    return dense(net["logit"], x)[0]
+
+
+@pytest.mark.portable
+def test_logits_are_those_of_an_independent_din():
+    ctr.check(BATCH, CONFIG)
+    expected = [numpy_logit(PARAMS, BATCH, row) for row in range(8)]
+    assert np.std(expected) > 1e-3
+    np.testing.assert_allclose(apply(PARAMS, BATCH, CONFIG), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_is_weighted_cross_entropy_and_padding_changes_nothing():
+    logits = np.asarray(apply(PARAMS, BATCH, CONFIG), np.float64)
+    losses = np.log1p(np.exp(logits)) - BATCH.label * logits
+    weight = np.array([1, 2, 0, 1, 0, 0, 3, 1], np.float32)
+    batch = dataclasses.replace(BATCH, weight=weight)
+    (value, aux), gradient = loss_and_gradient(PARAMS, batch, CONFIG)
+    np.testing.assert_allclose(value, (losses * weight).sum() / 8, rtol=1e-5)
+    np.testing.assert_allclose(aux["loss"], ((losses * weight).sum(), 8), rtol=1e-5)
+    np.testing.assert_allclose(aux["clicked"], ((BATCH.label * weight).sum(), 8), rtol=1e-6)
+    np.testing.assert_allclose(aux["predicted"], ((weight / (1 + np.exp(-logits))).sum(), 8), rtol=1e-5)
+    padding = weight[:, None] == 0
+    other = dataclasses.replace(batch, dense=np.where(padding, 1e6, BATCH.dense).astype(np.float32))
+    other = dataclasses.replace(other, label=np.where(padding[:, 0], 1 - BATCH.label, BATCH.label))
+    jax.tree.map(np.testing.assert_array_equal, loss_and_gradient(PARAMS, other, CONFIG), ((value, aux), gradient))
+
+
+def test_candidates_of_a_request_are_scored_as_one_by_one():
+    draw, candidates = np.random.default_rng(1), 5
+    target = {name: draw.integers(2, 30, (8, candidates)).astype(np.int32) for name in BATCH.target}
+    extra = draw.normal(size=(8, candidates, 3)).astype(np.float32)
+    request = dataclasses.replace(BATCH, target=target, dense=extra)
+    many = jax.jit(ctr.score, static_argnames=("config", "chunk"))(PARAMS, request, CONFIG, chunk=2)
+    assert many.shape == (8, candidates)
+    for c in range(candidates):
+        one = dataclasses.replace(BATCH, target={k: v[:, c] for k, v in target.items()}, dense=extra[:, c])
+        np.testing.assert_allclose(many[:, c], apply(PARAMS, one, CONFIG), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"targets \[B, C\]"):
+        ctr.score(PARAMS, BATCH, CONFIG)
+
+
+def test_scoring_does_not_repeat_the_sequence():
+    config = ctr.Config(
+        item_features=(Categorical("item", 1000, 32),), hidden=(8,), interest_options=(("hidden", (4,)),)
+    )
+    length, candidates = 1024, 256
+
+    def temporaries(candidates, chunk):
+        batch = ctr.Batch(
+            target={"item": np.zeros((1, candidates), np.int32)},
+            sequence={"item": np.zeros((1, length), np.int32)},
+            mask=np.ones((1, length), bool),
+            label=np.zeros(1, np.float32),
+            weight=np.ones(1, np.float32),
+        )
+        params = jax.eval_shape(lambda: ctr.init(jax.random.key(0), config))
+        lowered = jax.jit(lambda p, b: ctr.score(p, b, config, chunk=chunk)).lower(params, batch)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    repeated = candidates * length * 32 * 4
+    assert length * 32 * 4 < temporaries(candidates, 8) < repeated / 8
+
+
+def test_touched_rows_are_the_rows_of_the_gradient():
+    touched = jax.jit(ctr.touched, static_argnums=1)(BATCH, CONFIG)
+    gradient = loss_and_gradient(PARAMS, BATCH, CONFIG)[1]["tables"]
+    assert touched.keys() == gradient.keys() == {"user", "activity", "item", "brand", "hour", "user_x_brand"}
+    for name, g in gradient.items():
+        moved = np.flatnonzero(np.abs(g).max(-1) > 0)
+        assert moved.size and np.isin(moved, touched[name]).all()
+    rows = jax.jit(lambda tables: {n: embedding.gather_rows(tables[n], ids) for n, ids in touched.items()})(
+        PARAMS["tables"]
+    )
+    sparse = apply(PARAMS | {"tables": rows}, BATCH, CONFIG)
+    np.testing.assert_allclose(sparse, apply(PARAMS, BATCH, CONFIG), rtol=1e-6)
+
+
+def test_the_order_of_the_behaviours_does_not_matter():
+    shuffled = dataclasses.replace(
+        BATCH, sequence={k: v[:, ::-1] for k, v in BATCH.sequence.items()}, mask=BATCH.mask[:, ::-1]
+    )
+    plain = random_params(PLAIN)
+    assert "interest" not in plain["net"]
+    for params, config in ((plain, PLAIN), (PARAMS, CONFIG)):
+        np.testing.assert_allclose(apply(params, shuffled, config), apply(params, BATCH, config), rtol=1e-4, atol=1e-5)
+
+
+def test_several_tasks_and_new_users():
+    config = dataclasses.replace(PLAIN, tasks=2, dense=0, hidden=(4,))
+    label = np.stack([BATCH.label, 1 - BATCH.label], 1)
+    batch = dataclasses.replace(BATCH, label=label, dense=None, mask=np.zeros_like(BATCH.mask))
+    ctr.check(batch, config)
+    params = random_params(config)
+    logits = np.asarray(apply(params, batch, config), np.float64)
+    assert logits.shape == (8, 2) and np.isfinite(logits).all()
+    value, aux = ctr.objective(params, logits, batch, config)
+    np.testing.assert_allclose(value, (np.log1p(np.exp(logits)) - label * logits).mean(), rtol=1e-5)
+    assert aux["loss"][1] == 16
+
+
+def test_dropout_needs_a_key_and_acts_in_training_only():
+    config, params = dataclasses.replace(PLAIN, dropout=0.5), random_params(PLAIN)
+    with pytest.raises(ValueError, match="needs a key"):
+        ctr.apply(params, BATCH, config, train=True)
+    dropped = apply(params, BATCH, config, key=jax.random.key(1), train=True)
+    np.testing.assert_array_equal(dropped, apply(params, BATCH, config, key=jax.random.key(1), train=True))
+    assert np.abs(dropped - apply(params, BATCH, config, key=jax.random.key(2), train=True)).max() > 1e-3
+    np.testing.assert_array_equal(apply(params, BATCH, config, key=jax.random.key(1)), apply(params, BATCH, PLAIN))
+
+
+def test_bfloat16_gives_float32_logits_close_by():
+    half = apply(PARAMS, BATCH, dataclasses.replace(CONFIG, dtype="bfloat16"))
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, apply(PARAMS, BATCH, CONFIG), atol=0.1)
+
+
+def spoil(part, name, index, value):
+    fields = dict(getattr(BATCH, part))
+    fields[name] = fields[name].copy()
+    fields[name][index] = value
+    return {part: fields}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (spoil("sequence", "item", (2, 1), 30), r"sequence\['item'\]: id 30 at row 2, position 1 is outside \[0, 30\)"),
+        (spoil("target", "item", 3, -1), r"target\['item'\]: id -1 at row 3"),
+        (spoil("user", "activity", 1, np.nan), r"user\['activity'\]: nan at row 1"),
+        ({"context": {}}, "context: field 'hour' is missing"),
+        ({"dense": None}, "dense: missing"),
+        ({"dense": np.full((8, 3), np.inf)}, "dense: inf at row 0, position 0"),
+        ({"label": np.full(8, 2.0)}, "label: 2.0 at row 0"),
+        ({"weight": np.full(8, -1.0)}, "weight: -1.0 at row 0"),
+        ({"mask": np.zeros((8, 0), bool)}, "at least one example and one slot"),
+        ({"mask": BATCH.mask.astype(int)}, "mask: must be bool"),
+        ({"time": np.full((8, 6), np.nan)}, "time: nan at row 0, position 0"),
+    ],
+)
+def test_check_names_field_row_and_value(change, message):
+    with pytest.raises(ValueError, match=message):
+        ctr.check(dataclasses.replace(BATCH, **change), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"item_features": ()}, "item_features is empty"),
+        ({"interest": "dinn"}, r"interest is 'dinn', must be one of \['average', 'din'"),
+        ({"dtype": "float16"}, "dtype is 'float16'"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"tasks": 0}, "tasks is 0"),
+        ({"hidden": ()}, "hidden is"),
+        ({"user_features": (Categorical("item", 30, 4),)}, r"\['item'\] are in user_features and item_features"),
+        ({"user_features": (Categorical("user", 20, 4), Categorical("friend", 9, 4, table="user"))}, "table 'user'"),
+    ],
+)
+def test_wrong_configs_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_configs_are_hashable_and_examples_repeat():
+    again, batch = ctr.example()
+    assert hash(again) == hash(CONFIG) and again == CONFIG
+    jax.tree.map(np.testing.assert_array_equal, batch, BATCH)
