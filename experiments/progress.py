@@ -164,7 +164,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
-def table(rows: Sequence[Mapping[str, Cell]], columns: Sequence[str] | Mapping[str, str] | None = None) -> str:
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str] | None = None) -> str:
     """`rows` as lines of aligned text: a header, a rule, a line each; numbers to the right.
 
     `columns`: which, in order; a mapping gives each its heading; by default all, in order of appearance. A value that a
@@ -182,7 +182,7 @@ def table(rows: Sequence[Mapping[str, Cell]], columns: Sequence[str] | Mapping[s
 
 
 def column_headings(
-    rows: Sequence[Mapping[str, Cell]], columns: Sequence[str] | Mapping[str, str] | None
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str] | None
 ) -> dict[str, str]:
     """Column name -> heading, in order (see `table`)."""
     present = dict.fromkeys(name for row in rows for name in row)

@@ -8,8 +8,8 @@ with both scaling laws fitted.
     python -m experiments quickstart --data ml-1m --data-dir PATH/ml-1m          # MovieLens-1M
     python -m experiments quickstart --data table --data-dir FILE.csv --columns user=uid item=sku time=ts
 
-LUM is pre-trained on the behaviours of the first `lum_share` of the training period only; DIN learns from all of the
-training period in both arms, and no vector that it reads rests on an event at or after its sample. Resumes in `out`.
+LUM is pre-trained on the behaviours of the first `lum_share` of the training samples' time; DIN learns from the same
+samples in both arms, and no vector that it reads rests on an event at or after its sample. Pre-training resumes in `out`.
 Results: `results/quickstart_world.json`, `results/quickstart_ml1m.json`.
 """
 
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+from lum_jax import utilization
 
 from experiments import figures, report, results, scaling_law, statistics
 from experiments.datasets import Data, load
@@ -42,11 +42,15 @@ class Quickstart:
       seeds: how often each ranking model is trained.
       size: of LUM, as in `lum_jax.SIZES`.
       lum_events: behaviours that LUM's pre-training sees (with repetitions).
+      lum_share: LUM sees the first share of the training period's samples only (1: all of it). DIN's training samples
+        after it get answers of a model that has not seen them, as test samples do.
       lum_length: behaviours of a prefix.
       every: behaviours from one stored answer of a user to the next.
       history: behaviours that DIN reads.
       max_samples: the newest training samples that DIN learns from.
       epochs: of DIN.
+      ablate: also DIN with the direct features alone and with interest matching alone.
+      batch_rows: packed rows of one pre-training step.
       sweep_sizes, sweep_lengths, sweep_events, sweep_targets: the scaling sweep.
     """
 
@@ -56,11 +60,14 @@ class Quickstart:
     seeds: int = 3
     size: str = "100k"
     lum_events: int = 400_000
+    lum_share: float = 1.0
     lum_length: int = 128
     every: int = 8
     history: int = 32
     max_samples: int = 200_000
     epochs: float = 1.0
+    ablate: bool = False
+    batch_rows: int = 16
     sweep_sizes: tuple[str, ...] = ("6k", "25k", "100k", "400k")
     sweep_lengths: tuple[int, ...] = (8, 32, 128)
     sweep_events: int = 120_000
@@ -69,6 +76,8 @@ class Quickstart:
     def __post_init__(self):
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds} must be at least 1")
+        if not 0 < self.lum_share <= 1:
+            raise ValueError(f"lum_share={self.lum_share} must be above 0 and at most 1")
         if len(self.sweep_sizes) < 3 or len(self.sweep_lengths) < 3:
             raise ValueError(
                 "sweep_sizes and sweep_lengths need at least 3 values each: a law cannot be fitted to fewer"
@@ -101,10 +110,11 @@ def run(config: Quickstart) -> results.Result:
     pretrained = pretrain(
         problem,
         lum,
-        until=problem.train_end,
+        until=lum_until(problem, config.lum_share),
         events=config.lum_events,
         max_length=config.lum_length,
         row_length=config.lum_length,
+        batch_rows=config.batch_rows,
         directory=config.out / "lum",
     )
     store = config.out / "knowledge"
@@ -118,9 +128,16 @@ def run(config: Quickstart) -> results.Result:
         lengths=config.sweep_lengths,
         events=config.sweep_events,
         target_count=config.sweep_targets,
+        batch_rows=config.batch_rows,
     )
     laws = scaling_law.fit_sweep(points)
     return _publish(config, problem, pretrained.history, ranking, points, laws, started)
+
+
+def lum_until(problem: Problem, share: float) -> int:
+    """The time before which `share` of the training samples lie."""
+    time = np.sort(problem.samples.time[problem.splits["train"]])
+    return problem.train_end if share == 1 else int(time[int(share * len(time))])
 
 
 @dataclass(frozen=True)
@@ -138,11 +155,14 @@ class Ranking:
 
 def compare(problem: Problem, knowledge: Knowledge, config: Quickstart) -> Ranking:
     """DIN without and with the answers: same samples, same order, same seeds."""
-    features = rank.answer_features(problem, knowledge)
+    arms: dict[str, np.ndarray | None] = {"DIN": None, "DIN + LUM": rank.answer_features(problem, knowledge)}
+    if config.ablate:
+        arms |= {
+            f"DIN + LUM, {use} only": rank.answer_features(problem, knowledge, use=(use,)) for use in utilization.USES
+        }
     splits = problem.splits
     train = splits["train"]
     newest = np.sort(train[np.argsort(problem.samples.time[train], kind="stable")[-config.max_samples :]])
-    arms = {"DIN": None, "DIN + LUM": features}
     test, logits, rows, curves = splits["test"], {}, [], {}
     for name, dense in arms.items():
         model = rank.rank_config(problem, dense=0 if dense is None else dense.shape[1])
@@ -164,10 +184,10 @@ def compare(problem: Problem, knowledge: Knowledge, config: Quickstart) -> Ranki
             )
             curves.setdefault(name, []).append([(r["step"], r["loss"]) for r in trained.history if "loss" in r])
     labels, users = problem.samples.label[test], problem.samples.user[test]
-    with_and_without = [np.stack(logits[name]) for name in arms]
+    with_and_without = [np.stack(logits[name]) for name in ("DIN", "DIN + LUM")]
     return Ranking(
-        systems={n: statistics.auc_interval(labels, np.stack(s), users, resamples=300) for n, s in logits.items()},
-        gain=statistics.auc_difference(labels, *with_and_without, users, resamples=300),
+        systems={n: statistics.auc_interval(labels, np.stack(s), users, resamples=1000) for n, s in logits.items()},
+        gain=statistics.auc_difference(labels, *with_and_without, users, resamples=1000),
         oracle=rank.oracle(problem, test),
         rows=rows,
         samples=len(test),

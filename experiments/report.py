@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from experiments.progress import column_headings, duration, format_cell, is_number
 from experiments.results import Cell, Result, write_atomically
@@ -75,12 +76,12 @@ def page(
     result: Result,
     title: str,
     *,
-    headline: Sequence[Mapping[str, Cell]],
+    headline: Sequence[Mapping[str, Any]],
     panels: Sequence[Panel],
     columns: Sequence[str] | Mapping[str, str] | None = None,
     lead: str = "",
     findings: Sequence[Finding] = (),
-    tables: Mapping[str, Sequence[Mapping[str, Cell]]] | None = None,
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> str:
     """The page: `lead` a paragraph, `headline` the first table (`columns` as in `progress.table`), `findings` below it,
     a section a panel, `tables` heading -> rows of what else was measured, and how to repeat the run from `result`.
@@ -149,7 +150,7 @@ def _device(device: Mapping[str, Cell]) -> str:
     return "; ".join(filter(None, [*parts, *(f"{name}: {format_cell(value)}" for name, value in rest.items())]))
 
 
-def _table(rows: Sequence[Mapping[str, Cell]], columns: Sequence[str] | Mapping[str, str] | None) -> str:
+def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str] | None) -> str:
     if not rows:
         return "<p>No rows.</p>"
     headings = column_headings(rows, columns)

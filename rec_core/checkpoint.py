@@ -79,6 +79,10 @@ class Checkpoints:
         except OSError as error:
             raise CheckpointError(f"{self.directory} cannot be used for checkpoints: {error}") from error
 
+    def _path(self, step: int | str = "") -> Path:
+        assert self.directory is not None
+        return self.directory / str(step)
+
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, oldest first."""
         return sorted(self._manager.all_steps()) if self.directory else []
@@ -100,7 +104,7 @@ class Checkpoints:
             record["crc"] = _crc(record)
         except TypeError as error:
             raise CheckpointError(f"the data iterator's state is not JSON ({error}): {data!r}") from error
-        if step in self.steps() or (self.directory / str(step)).exists():  # a damaged one, or of a run now cut back
+        if step in self.steps() or (self._path(step)).exists():  # a damaged one, or of a run now cut back
             self._remove(step)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         self._pending = (step, size)
@@ -139,7 +143,7 @@ class Checkpoints:
             try:
                 state, data = self.read(step, like)
             except _Damaged as error:
-                damage.append(f"{self.directory / str(step)} is damaged: {error}")
+                damage.append(f"{self._path(step)} is damaged: {error}")
                 print(f"{damage[-1]}; trying the checkpoint before it", flush=True)
                 continue
             self.latest = step
@@ -153,7 +157,7 @@ class Checkpoints:
         try:
             return self.read(step, like)[0] if step in self.steps() else None
         except _Damaged as error:
-            print(f"{self.directory / str(step)} is damaged: {error}", flush=True)
+            print(f"{self._path(step)} is damaged: {error}", flush=True)
             return None
 
     def clear(self, after: int = -1) -> None:
@@ -213,7 +217,7 @@ class Checkpoints:
     def _same(self, differing: list[str], step: int) -> None:
         if differing:
             raise CheckpointError(
-                f"{self.directory / str(step)} is of another configuration: {'; '.join(differing[:8])}"
+                f"{self._path(step)} is of another configuration: {'; '.join(differing[:8])}"
                 f"{f' and {len(differing) - 8} more' if len(differing) > 8 else ''}. "
                 "Give the values it was made with, or another directory"
             )
@@ -222,19 +226,25 @@ class Checkpoints:
         if step in self.steps():
             self._manager.delete(step)
         elif jax.process_index() == 0:
-            shutil.rmtree(self.directory / str(step), ignore_errors=True)
+            shutil.rmtree(self._path(step), ignore_errors=True)
         self._manager.reload()
 
     def _failed(self, error: Exception) -> CheckpointError:
-        step, size = self._pending
-        self._pending = None
-        free = shutil.disk_usage(self.directory).free
+        (step, size), self._pending = self._pending or (-1, 0), None
+        free = shutil.disk_usage(self._path()).free
+        if jax.process_index() == 0:
+            for part in self._path().glob(f"{step}.orbax-checkpoint-tmp*"):  # the disk may be full: leave no remains
+                shutil.rmtree(part, ignore_errors=True)
         self._manager.reload()
         good = [s for s in self.steps() if s != step]
         return CheckpointError(
             f"the checkpoint of step {step} could not be written to {self.directory}: {_line(error)}. It needs about "
             f"{size:,} bytes, {free:,} are free; "
-            + (f"the last good one is step {good[-1]}, the run can go on from it" if good else "there is no earlier one")
+            + (
+                f"the last good one is step {good[-1]}, the run can go on from it"
+                if good
+                else "there is no earlier one"
+            )
         )
 
 
@@ -249,7 +259,7 @@ def restore_params(directory: str | Path, step: int | None = None) -> Any:
         raise CheckpointError(f"{directory} is not a directory: give the one that the run was saved in")
     with Checkpoints(directory, {}) as saves:
         steps = saves.steps()[::-1]
-        if step is not None and step not in steps or not steps:
+        if (step is not None and step not in steps) or not steps:
             raise CheckpointError(f"{directory} holds no checkpoint{'' if step is None else f' of step {step}'}; "
                                   f"steps there: {sorted(steps)}")  # fmt: skip
         for one in steps if step is None else [step]:
@@ -258,7 +268,7 @@ def restore_params(directory: str | Path, step: int | None = None) -> Any:
             except _Damaged as error:
                 print(f"{directory / str(one)} is damaged: {error}", flush=True)
                 continue
-            return jax.tree.map(np.asarray, state["params"] if "params" in state else state)
+            return jax.tree.map(np.asarray, state.get("params", state))
     raise CheckpointError(f"no checkpoint of {directory} can be read")
 
 
@@ -401,4 +411,4 @@ def _crc(record: Mapping[str, Any]) -> int:
 
 def _line(error: BaseException) -> str:
     """The first line of an error's text, with its kind."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:600]}"

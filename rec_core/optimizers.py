@@ -116,9 +116,7 @@ def transformation(train: TrainConfig) -> optax.GradientTransformation:
             optax.add_decayed_weights(-train.weight_decay, mask=decayed),
             optax.scale_by_learning_rate(schedule(train), flip_sign=False),
         )
-    return optax.adamw(
-        schedule(train), train.b1, train.b2, train.eps, weight_decay=train.weight_decay, mask=decayed
-    )
+    return optax.adamw(schedule(train), train.b1, train.b2, train.eps, weight_decay=train.weight_decay, mask=decayed)
 
 
 def init_optimizer(params: Mapping[str, Any], train: TrainConfig) -> dict[str, Any]:
@@ -175,18 +173,19 @@ def update(
     tables, moments = {}, {}
     for name, table in params["tables"].items():
         gradient, moment = gradients["tables"][name], opt_state["tables"][name]
-        arrays = (table, moment["mu"], moment["nu"])
+        arrays: tuple[Array, ...] = (table, moment["mu"], moment["nu"])
         if isinstance(gradient, Rows):  # `go` acts on the rows: a choice over the whole table would cost a pass over it
             old = tuple(_take(array, gradient.ids) for array in arrays)
-            new = keep(_adam(*old, gradient.values, train, step), old)
+            new = keep(_adam(old, gradient.values, train, step), old)
             arrays = tuple(scatter_rows(a, Rows(gradient.ids, x)) for a, x in zip(arrays, new))
         else:
-            arrays = keep(_adam(*arrays, gradient, train, step), arrays)
+            arrays = keep(_adam(arrays, gradient, train, step), arrays)
         tables[name], moments[name] = arrays[0], {"mu": arrays[1], "nu": arrays[2]}
     return new_params | {"tables": tables}, new_state | {"tables": moments}
 
 
-def _adam(values: Array, mu: Array, nu: Array, gradient: Array, train: TrainConfig, step: Array) -> tuple[Array, ...]:
+def _adam(arrays: tuple[Array, ...], gradient: Array, train: TrainConfig, step: Int[Array, ""]) -> tuple[Array, ...]:
+    values, mu, nu = arrays
     adam = optax.scale_by_adam(train.b1, train.b2, train.eps)
     change, state = adam.update(gradient, optax.ScaleByAdamState(step, mu, nu))
     return values - schedule(train)(step) * change, state.mu, state.nu

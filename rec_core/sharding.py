@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "model")
+BY_EXAMPLE = P("data")
 
 # Path -> spec of the last dimensions; the first rule that matches (re.search on "a/b/c") serves. Scanned layers put
 # their axis in front, so a spec is aligned at the right. Linen's Dense kernel is [in, out]; DenseGeneral's is
@@ -46,7 +47,7 @@ def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | Non
     return jax.make_mesh((data, model), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[: data * model])
 
 
-def constrain(x: Any, spec: P = P("data")) -> Any:
+def constrain(x: Any, spec: P = BY_EXAMPLE) -> Any:
     """Asks that ``x`` be laid out by ``spec`` where the current mesh has those axes; otherwise gives ``x`` back.
 
     The same line serves with a mesh (``jax.set_mesh``), without one, under ``pmap`` and inside ``shard_map``.
@@ -63,7 +64,7 @@ def path_name(path: Sequence[Any]) -> str:
 
 
 def spec_for(path: str, shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: Sequence[tuple[str, P]] = RULES) -> P:
-    """The spec of one array: the first matching rule, right-aligned; a dimension that its axes do not divide is whole."""
+    """The spec of one array: the first matching rule, right-aligned; a dimension not divided by its axes is whole."""
     rule = next((spec for pattern, spec in rules if re.search(pattern, path)), P())
     last = tuple(rule)[-len(shape) :] if shape else ()
     sizes = dict(zip(mesh.axis_names, mesh.axis_sizes))
@@ -90,7 +91,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Sequence[tuple[str, P
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Examples over ``data``: the sharding of every leaf of a batch (leading axis B)."""
-    return NamedSharding(mesh, P("data"))
+    return NamedSharding(mesh, BY_EXAMPLE)
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:

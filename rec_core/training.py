@@ -1,17 +1,17 @@
 """Training under the contract: gradients of a whole batch in parts, the step on a mesh or under pmap, and `fit`.
 
-A model is a module with `Config`, `init`, `apply`, `objective`, `touched` and `check`. The objective is computed once on
-the outputs of the whole batch, so in-batch negatives are the same however the batch is split (arXiv 2101.06983 does it
-for one device's memory; here it also holds over a mesh). What must be the same everywhere is the loss and the first
-gradient; dropout draws other masks for other splits.
+A model is a module with `Config`, `init`, `apply`, `objective`, `touched` and `check`. The objective is computed once
+on the outputs of the whole batch, so in-batch negatives are the same however the batch is split (as in GradCache, arXiv
+2101.06983; here over a mesh too). What must be the same everywhere is the loss and the first gradient; dropout draws
+other masks for other splits.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from rec_core import optimizers
 from rec_core.checkpoint import Checkpoints, Log, config_record
@@ -47,6 +47,7 @@ class State:
     params: Any
     opt_state: Any
     diverged: Int[Array, ""]
+    seed: UInt32[Array, ""]  # here and not in the compiled step, so that runs of several seeds share it
 
 
 class DivergedError(RuntimeError):
@@ -105,10 +106,9 @@ def value_and_grad(
         return jax.tree.unflatten(tree, [found.get(i, leaf) for i, leaf in enumerate(leaves)])
 
     values = [leaves[i] for i in where]
+    apply_key = key
     if key is not None and axis_name is not None:
         apply_key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-    else:
-        apply_key = key
 
     def forward(values: list[Array], part: Any, j: Array | None = None) -> Any:
         part_key = apply_key if apply_key is None or j is None else jax.random.fold_in(apply_key, j)
@@ -135,17 +135,20 @@ def value_and_grad(
     return (loss, aux), put(gradients)
 
 
-def init_state(model: Any, config: Any, train: TrainConfig, params: Any = None) -> State:
-    """The state before the first step, from ``train.seed`` or from given parameters. Pure."""
+def init_state(
+    model: Any, config: Any, train: TrainConfig, params: Any = None, *, seed: UInt32[Array, ""] | None = None
+) -> State:
+    """The state before the first step, from ``seed`` (default ``train.seed``) or from given parameters. Pure."""
+    seed = jnp.uint32(train.seed) if seed is None else seed
     if params is None:
-        params = model.init(jax.random.fold_in(jax.random.key(train.seed), 2**32 - 1), config)
+        params = model.init(step_key(seed, 2**32 - 1), config)
     zero = jnp.zeros((), jnp.int32)
-    return State(zero, params, optimizers.init_optimizer(params, train), zero - 1)
+    return State(zero, params, optimizers.init_optimizer(params, train), zero - 1, seed)
 
 
-def step_key(train: TrainConfig, step: int | Int[Array, ""]) -> Array:
+def step_key(seed: int | UInt32[Array, ""], step: int | Int[Array, ""]) -> Array:
     """The key that a step draws with: a function of the seed and the step, so a run that resumes draws the same."""
-    return jax.random.fold_in(jax.random.key(train.seed), step)
+    return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def make_step(model: Any, config: Any, train: TrainConfig, mesh: Mesh | AbstractMesh) -> Any:
@@ -153,7 +156,24 @@ def make_step(model: Any, config: Any, train: TrainConfig, mesh: Mesh | Abstract
 
     Metrics: ``loss``, ``gradient_norm`` (before clipping), ``learning_rate``, ``diverged``, and ``aux`` as the model
     gave it. Parameters, optimizer state and gradients are laid out by `rec_core.sharding.RULES`, the batch by example.
+    Calls that differ in nothing the step computes (seed, logging, saving) get the same function: it is compiled once.
     """
+    return _jitted_step(model, config, computed(train), mesh)
+
+
+def computed(train: TrainConfig) -> TrainConfig:
+    """What of a configuration enters the compiled step; the rest is set to its default."""
+    return replace(train, seed=0, log_every=1, evaluate_every=0, checkpoint_every=0, keep=1, early_stopping=None)
+
+
+@lru_cache(maxsize=16)
+def _jitted_init(model: Any, config: Any, train: TrainConfig, mesh: Mesh) -> Any:
+    out = shardings(jax.eval_shape(partial(init_state, model, config, train)), mesh)
+    return jax.jit(lambda seed: init_state(model, config, train, seed=seed), out_shardings=out)
+
+
+@lru_cache(maxsize=16)
+def _jitted_step(model: Any, config: Any, train: TrainConfig, mesh: Mesh | AbstractMesh) -> Any:
     state_shardings = shardings(jax.eval_shape(partial(init_state, model, config, train)), mesh)
 
     def step(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
@@ -187,7 +207,7 @@ def _advance(
     axis_name: str | None = None,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> tuple[State, dict[str, Any]]:
-    key = step_key(train, state.step)
+    key = step_key(state.seed, state.step)
     params = state.params
     if train.sparse_tables:
         ids = gather_over(axis_name, model.touched(batch, config))  # under pmap every device takes all devices' rows
@@ -217,30 +237,32 @@ def _advance(
         "diverged": diverged,
         "aux": aux,
     }
-    return State(state.step + go.astype(jnp.int32), params, opt_state, diverged), metrics
+    return State(state.step + go.astype(jnp.int32), params, opt_state, diverged, state.seed), metrics
 
 
 def _lay_out(gradients: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Gradients where their parameters are; the few `Rows` of a sparse table on every device."""
 
-    def place(sharding: Any, leaf: Any) -> Any:
-        return leaf if isinstance(leaf, Rows) else jax.lax.with_sharding_constraint(leaf, sharding)
+    def is_rows(x: Any) -> bool:
+        return isinstance(x, Rows)
 
-    is_rows = partial(lambda kind, x: isinstance(x, kind), Rows)
+    def place(sharding: Any, leaf: Any) -> Any:
+        return leaf if is_rows(leaf) else jax.lax.with_sharding_constraint(leaf, sharding)
+
     flat, tree = jax.tree.flatten(gradients, is_leaf=is_rows)
-    whole = jax.tree.map(lambda x: x.ids if isinstance(x, Rows) else x, gradients, is_leaf=is_rows)
+    whole = jax.tree.map(lambda x: x.ids if is_rows(x) else x, gradients, is_leaf=is_rows)
     return jax.tree.unflatten(tree, map(place, jax.tree.leaves(shardings(whole, mesh)), flat))
 
 
 def _split(tree: Any, n: int) -> Any:
     """[B, ...] -> [n, B / n, ...]; part j is examples j, j + n, ..."""
 
-    def split(path: Any, x: Array) -> Array:
+    def split(x: Array) -> Array:
         if x.shape[0] % n:
             raise ValueError(f"batch of {x.shape[0]} examples cannot be cut into {n} micro_batches: make it a multiple")
         return constrain(x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), P(None, "data"))
 
-    return jax.tree_util.tree_map_with_path(split, tree)
+    return jax.tree.map(split, tree)
 
 
 def _merge(tree: Any) -> Any:
@@ -300,7 +322,9 @@ def fit(
     with ExitStack() as stack:
         record = config_record(model, config, train)
         saves = stack.enter_context(Checkpoints(directory, record, keep=train.keep))
-        best_saves = stack.enter_context(Checkpoints(Path(directory, "best") if directory and stopping else None, record, keep=2))
+        best_saves = stack.enter_context(
+            Checkpoints(Path(directory, "best") if directory and stopping else None, record, keep=2)
+        )
         state, done = _start(model, config, train, mesh, params, saves, source, resume)
         best_saves.clear(after=done)  # evaluations after the checkpoint are made again
         log = stack.enter_context(Log(directory, done, on_log, tensorboard))
@@ -408,9 +432,9 @@ class _Run:
         step = metrics["diverged"]
         self.pending.clear()
         if self.saves.directory:
-            self.save(step, state.replace(diverged=jnp.full_like(state.diverged, -1)))
+            self.save(step, State(state.step, state.params, state.opt_state, jnp.full_like(state.diverged, -1)))
             self.saves.wait()
-        where = self.saves.directory and f"{self.saves.directory} (step {step})"
+        where = f"{self.saves.directory} (step {step})" if self.saves.directory else None
         raise DivergedError(step, metrics["loss"], metrics["gradient_norm"], where)
 
 
@@ -434,12 +458,12 @@ def _start(
         if done < train.steps:
             _forward(source, data, done)
         return state, done
-    if params is not None:
-        _same_structure(jax.eval_shape(make).params, params)
-        # A copy: the step donates its state, and the caller keeps what was passed.
-        make = partial(lambda make, p: make(jax.tree.map(jnp.copy, p)), make)
-    out = shardings(jax.eval_shape(partial(init_state, model, config, train)), mesh)
-    return jax.jit(make, out_shardings=out)(*([] if params is None else [params])), 0
+    if params is None:
+        return _jitted_init(model, config, computed(train), mesh)(np.uint32(train.seed)), 0
+    abstract = jax.eval_shape(make)
+    _same_structure(abstract.params, params)
+    # A copy: the step donates its state, and the caller keeps what was passed.
+    return jax.jit(lambda p: make(jax.tree.map(jnp.copy, p)), out_shardings=shardings(abstract, mesh))(params), 0
 
 
 def _abstract(tree: Any, mesh: Mesh) -> Any:
@@ -490,5 +514,7 @@ def _patience(records: list[dict[str, Any]], stopping: EarlyStopping | None) -> 
         return None, 0
     found = [entry for entry in records if stopping.metric in entry.get("evaluation", {})]
     sign = 1 if stopping.mode == "max" else -1
-    best = max(found, key=lambda entry: sign * entry["evaluation"][stopping.metric], default=None)  # the first of equals
+    best = max(
+        found, key=lambda entry: sign * entry["evaluation"][stopping.metric], default=None
+    )  # the first of equals
     return best, len(found) - 1 - found.index(best) if best else 0

@@ -23,6 +23,9 @@ def lum_config(problem: Problem, size: str, **changes: Any) -> lum_jax.Config:
         "condition": tuple(Categorical(name, sizes[name], 16) for name in problem.conditions),
         "transformer": encoder,
         "negative_count": 512,
+        # Negatives drawn from the batch come by popularity; without the correction the model would learn how much more
+        # likely an item is than usual, and rank a catalogue by that.
+        "popularity_correction": True,
         "chunk": 2048,
     }
     return lum_jax.Config(**(settings | changes))
@@ -54,8 +57,12 @@ def lum_rows(problem: Problem, *, until: int, max_length: int, row_length: int, 
     windows = packing.plan_windows(sequences.offsets, max_length, end=end, min_length=2)
     if not len(windows):
         raise ValueError(f"{problem.name}: no user has two behaviours before {until}; there is nothing to learn from")
-    plan = packing.pack(windows.length, row_length, order_seed=seed)
-    return pipeline.PackedRows(plan, windows, columns(problem, hide=0.5, seed=seed))
+    item = sequences.columns["item"]
+    seen = sequences.columns["time"] < until
+    counts = np.bincount(item[seen], minlength=sequences.sizes["item"]) + 1.0
+    made = columns(problem, hide=0.5, seed=seed)
+    made["log_q"] = np.log(counts / counts.sum()).astype(np.float32)[item]
+    return pipeline.PackedRows(packing.pack(windows.length, row_length, order_seed=seed), windows, made)
 
 
 def lum_batch(rows: dict[str, np.ndarray]) -> lum_jax.Batch:
@@ -66,6 +73,7 @@ def lum_batch(rows: dict[str, np.ndarray]) -> lum_jax.Batch:
         condition=conditions,
         segment_ids=rows["segment_ids"],
         positions=rows["positions"],
+        log_q=rows.get("log_q"),
     )
 
 
@@ -90,8 +98,9 @@ def pretrain(
     """
     rows = lum_rows(problem, until=until, max_length=max_length, row_length=row_length, seed=seed)
     batch_rows = min(batch_rows, len(rows))
+    # By slots, not by events: runs that differ in their windows alone then have the same steps, compiled once.
+    steps = max(2, round(events / (batch_rows * row_length)))
     per_step = batch_rows * row_length * (1 - rows.plan.waste)
-    steps = max(2, round(events / per_step))
     train = training.TrainConfig(
         steps=steps,
         learning_rate=learning_rate,

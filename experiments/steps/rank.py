@@ -120,6 +120,9 @@ def train_ranker(
         return training.fit(ctr, config, train, data, directory=directory, on_log=on_log)
 
 
+_apply = jax.jit(ctr.apply, static_argnums=2)
+
+
 def scores(
     problem: Problem,
     params: Any,
@@ -131,10 +134,9 @@ def scores(
     batch_size: int = 4096,
 ) -> np.ndarray:
     """Logits of the samples at `index`, float32."""
-    apply = jax.jit(ctr.apply, static_argnums=2)
     parts = []
     for place, weight in pipeline.evaluation_batches(len(index), min(batch_size, len(index))):
-        logits = np.asarray(apply(params, rank_batch(problem, index[place], weight, dense, length), config))
+        logits = np.asarray(_apply(params, rank_batch(problem, index[place], weight, dense, length), config))
         parts.append(logits[weight > 0])
     return np.concatenate(parts)
 

@@ -1,46 +1,47 @@
 r"""A synthetic world with a known answer: users, items, domains, text, impressions and true click probabilities.
 
-Sizes, dials and seed are `World`'s fields; the same config gives the same events whatever the number of
-blocks, shards or processes. [x] is a dial in [0, 1]; at zero its effect is absent. All draws are independent.
+Sizes, dials and seed are `World`'s fields; the same config gives the same events whatever the number of blocks,
+shards or processes. [x] is a dial in [0, 1]; at zero its effect is absent. All draws are independent.
 
-**Items.** Item i has a category c(i) (sizes ~ Zipf .7), a style s(i) of `styles` within the category that no
-column shows, a quality a_i ~ N(0, `quality`^2) and a popularity (rank)^-`zipf` within its (category, style). A share `fresh`
+**Items.** Item i has a category c(i) (sizes ~ Zipf .7), a style s(i) of `styles` within the category that no column
+shows, a quality a_i ~ N(0, `quality`^2) and a popularity (rank)^-`zipf` within its (category, style). A share `fresh`
 of the items enters at later times. Categories form `departments`; a style of one category resembles the style of the
 same number in the other categories of its department. Ids carry no information. An item's text is a noise word, two
 words for its category and three for its (department, style), shuffled; each of the five is such a word with
 probability [text], else a noise word. The text has no effect on clicks: it tells what the item is.
 
-**Impressions.** User u has about exp(N(.)) clicks (mean `mean_length`, log-deviation `spread`, at most
-`max_length`), hence that many / `click_rate` impressions. Impressions come in sessions (geometric, mean
-`session_length`), seconds to minutes apart inside, spread over the rest of the horizon of `days` between.
-A session has one domain (the user's home domain with probability .6, else by domain size) and two categories:
+**Impressions.** User u has about exp(N(.)) clicks (mean `mean_length`, log-deviation `spread`, at most `max_length`),
+hence that many / `click_rate` impressions. Impressions come in sessions (geometric, mean `session_length`), seconds
+to minutes apart inside, spread over the rest of the horizon of `days` between. A session has one domain (the user's
+home domain with probability .6, else by domain size) and two categories:
 
     category = domain d's own Zipf law                        with probability [domain] / 2
              = slot k of the user's `slots`, k ~ (k + 1)^-.5  else                                           (1)
 
-A slot's category is drawn by size, once for all time with probability [long_term], else anew every `epoch_days`.
-An impression takes the first category with probability .75, the second with .20, any with .05; then
+A slot's category is drawn by size, once for all time with probability [long_term], else anew every `epoch_days`. An
+impression takes the first category with probability .75, the second with .20, any with .05; then
 
     style = that of the user's last click in the category   with probability `policy`                          (2)
           = uniform                                         else
 
-(a last click that is not among the user's last 20 clicks is remembered with probability [long_term] only), and the item
-by popularity among those of (category, style) that exist by then. So exposure sees observed clicks, not tastes.
+(a last click that is not among the user's last 20 clicks is remembered with probability [long_term] only), and the
+item by popularity among those of (category, style) that exist by then. So exposure sees observed clicks, not tastes.
 
 **Clicks.** label ~ Bernoulli(p), with p recorded and
 
     logit p = b + a_i + [domain] (B_d + G_dc + H_dcs) + (1 - [latent]) O + [latent] U + [time] T             (3)
 
-b is set by a pilot simulation (a pure function of the config) so that the mean click probability is near `click_rate` at any dials. B, G, H ~ N(0,
-.4^2, .5^2, .5^2) are global. O is a function of the clicks so far: with n the user's clicks, n_c those in category c,
-n_cs those in c's style s, and n'_cs = n_cs + `spill` * (clicks in style s anywhere in c's department),
+b is set by a pilot simulation (a pure function of the config) so that the mean click probability is near `click_rate`
+at any dials. B, G, H ~ N(0, .4^2, .5^2, .5^2) are global. O is a function of the clicks so far: with n the user's
+clicks, n_c those in category c, n_cs those in c's style s, and n'_cs = n_cs + `spill` * (clicks in style s anywhere
+in c's department),
 
     O = `depth` * lift(n_c, n, categories) + `taste` * lift(n'_cs, n'_c, styles)
     lift(x, X, m) = log(1 + x) - log(1 + X / m)                                                               (4)
 
-where in n, n_c and n_cs clicks in the impression's domain count 1 and others 1 - [domain]. O is [long_term] times (4) of
-all clicks ever plus 1 - [long_term] times (4) of clicks weighted e^(-clicks since / 20). U is what nobody observes, with
-all N standard normal and fixed for the user:
+where in n, n_c and n_cs clicks in the impression's domain count 1 and others 1 - [domain]. O is [long_term] times (4)
+of all clicks ever plus 1 - [long_term] times (4) of clicks weighted e^(-clicks since / 20). U is what nobody
+observes, with all N standard normal and fixed for the user:
 
     U = .3 N_u + `depth` N_uc + `taste` V_ucsd,  V = sqrt(1 - [domain]/2) W + sqrt([domain]/2) N_ucsd
     W = sqrt([long_term]) (sqrt(1 - `spill`) N_ucs + sqrt(`spill`) N_u,department,s)
@@ -63,8 +64,8 @@ clicks do not hold them.
 The defaults were set on plain baselines alone, before any other system ran on this world: a DNN on the mean of the
 history and DIN, for the click rate, the distance between the two and the distance to the oracle.
 
-Nothing in it is a network, an attention or softmax over the history, an inner product or a generated weight.
-Labels hang on comparisons of floating-point numbers, so worlds are identical on one platform and one NumPy only.
+Nothing in it is a network, an attention or softmax over the history, an inner product or a generated weight. Labels
+hang on comparisons of floating-point numbers, so worlds are identical on one platform and one NumPy only.
 """
 
 from __future__ import annotations

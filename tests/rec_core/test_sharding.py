@@ -1,5 +1,7 @@
 """The rules table, and `constrain` in every place that a model may run."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +43,7 @@ def test_rules(path: str, shape: tuple[int, ...], spec: P) -> None:
 def test_optimizer_state_lies_where_its_parameters_do() -> None:
     config, _ = toy_model.example()
     for train in (TrainConfig(steps=1), TrainConfig(steps=1, sparse_tables=True)):
-        state = shardings(jax.eval_shape(lambda: init_state(toy_model, config, train)), make_mesh(4, 2))
+        state = shardings(jax.eval_shape(partial(init_state, toy_model, config, train)), make_mesh(4, 2))
         tables = state.params["tables"]["item"].spec
         assert tables == P(("data", "model"), None)
         moments = state.opt_state["tables"]["item"] if train.sparse_tables else None

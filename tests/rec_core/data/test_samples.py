@@ -111,8 +111,8 @@ def test_sampled_negatives_are_unseen_and_as_popular(tmp_path):
     assert (both.end - both.start).tolist().count(0) == 3 * 2000
     count = np.bincount(positives.item, minlength=102)
     popularity = count[both.item[negative]].mean() / count[both.item[~negative]].mean()
-    assert 0.9 < popularity < 1.02  # a uniform draw would give count[2:].mean() / ..., near 0.5
-    assert count[2:].mean() / count[both.item[~negative]].mean() < 0.7
+    assert 0.9 < popularity < 1.02  # a uniform draw would give count[2:].mean() / ..., clearly less
+    assert count[2:].mean() / count[both.item[~negative]].mean() < 0.8
 
 
 def test_samples_whose_user_has_seen_everything_are_counted(tmp_path):
