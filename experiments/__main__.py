@@ -1,12 +1,14 @@
 """`python -m experiments COMMAND`: every experiment, the preparation of data, and the comparison of results."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
-from experiments import progress, quickstart, results
+from experiments import data_bench, progress, quickstart, results
 from experiments.datasets import Data, load
 
 
@@ -25,8 +27,9 @@ class Compare:
     b: tyro.conf.Positional[Path]
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "quickstart": (quickstart.Quickstart, quickstart.run),
+    "data-bench": (data_bench.DataBench, data_bench.run),
     "prepare": (Prepare, lambda config: load(config.data)),
     "compare": (Compare, lambda config: print(progress.table(results.compare(config.a, config.b)))),
 }
@@ -34,16 +37,15 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command. What is wrong with the input is said in one line, and the exit status is 1."""
-    config = tyro.extras.subcommand_cli_from_dict(
-        {name: settings for name, (settings, _) in COMMANDS.items()},
-        prog="python -m experiments",
-        description="userscale's experiments.",
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    action = next(run for settings, run in COMMANDS.values() if isinstance(config, settings))
     try:
-        action(config)
+        config: Any = tyro.extras.subcommand_cli_from_dict(
+            {name: settings for name, (settings, _) in COMMANDS.items()},
+            prog="python -m experiments",
+            description="userscale's experiments.",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+        next(run for settings, run in COMMANDS.values() if isinstance(config, settings))(config)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         for note in getattr(error, "__notes__", ()):

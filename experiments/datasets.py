@@ -29,7 +29,8 @@ class Data:
         source is downloaded and checked.
       columns: for "table", field=column pairs such as user=uid item=sku time=ts rating=stars. Fields: user, item,
         time, category, domain, behavior, rating, label, text.
-      positive: rating above which an event is positive. Default: 3 for MovieLens; with Taobao, any behaviour but a view.
+      positive: rating above which an event is positive. Default: 3 for MovieLens; with Taobao, any behaviour but a
+        view.
       on_bad: "skip" leaves malformed rows out and counts them.
       min_item_count: items with fewer events share the unknown item.
       max_events: keep each user's newest.

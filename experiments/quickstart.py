@@ -9,17 +9,19 @@ with both scaling laws fitted.
     python -m experiments quickstart --data table --data-dir FILE.csv --columns user=uid item=sku time=ts
 
 LUM is pre-trained on the behaviours of the first `lum_share` of the training samples' time; DIN learns from the same
-samples in both arms, and no vector that it reads rests on an event at or after its sample. Pre-training resumes in `out`.
+samples in both arms, and no vector that it reads rests on an event at or after its sample. Pre-training resumes in
+`out`.
+
 Results: `results/quickstart_world.json`, `results/quickstart_ml1m.json`.
 """
 
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lum_jax import utilization
 
 from experiments import figures, report, results, scaling_law, statistics
 from experiments.datasets import Data, load
@@ -29,6 +31,7 @@ from experiments.steps.ask import Knowledge, ask
 from experiments.steps.pretrain import lum_config, pretrain
 from experiments.steps.problem import Problem, make_problem
 from experiments.steps.sweep import sweep
+from lum_jax import utilization
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,14 @@ class Quickstart:
     lum_length: int = 128
     every: int = 8
     history: int = 32
-    max_samples: int = 200_000
+    max_samples: int = 150_000
     epochs: float = 1.0
     ablate: bool = False
     batch_rows: int = 16
     sweep_sizes: tuple[str, ...] = ("6k", "25k", "100k", "400k")
     sweep_lengths: tuple[int, ...] = (8, 32, 128)
-    sweep_events: int = 120_000
-    sweep_targets: int = 1_000
+    sweep_events: int = 100_000
+    sweep_targets: int = 800
 
     def __post_init__(self):
         if self.seeds < 1:
@@ -163,7 +166,10 @@ def compare(problem: Problem, knowledge: Knowledge, config: Quickstart) -> Ranki
     splits = problem.splits
     train = splits["train"]
     newest = np.sort(train[np.argsort(problem.samples.time[train], kind="stable")[-config.max_samples :]])
-    test, logits, rows, curves = splits["test"], {}, [], {}
+    test = splits["test"]
+    logits: dict[str, list[np.ndarray]] = {}
+    curves: dict[str, list[list[tuple[int, float]]]] = {}
+    rows: list[results.Row] = []
     for name, dense in arms.items():
         model = rank.rank_config(problem, dense=0 if dense is None else dense.shape[1])
         for seed in range(config.seeds):
@@ -184,10 +190,10 @@ def compare(problem: Problem, knowledge: Knowledge, config: Quickstart) -> Ranki
             )
             curves.setdefault(name, []).append([(r["step"], r["loss"]) for r in trained.history if "loss" in r])
     labels, users = problem.samples.label[test], problem.samples.user[test]
-    with_and_without = [np.stack(logits[name]) for name in ("DIN", "DIN + LUM")]
+    without, informed = np.stack(logits["DIN"]), np.stack(logits["DIN + LUM"])
     return Ranking(
         systems={n: statistics.auc_interval(labels, np.stack(s), users, resamples=1000) for n, s in logits.items()},
-        gain=statistics.auc_difference(labels, *with_and_without, users, resamples=1000),
+        gain=statistics.auc_difference(labels, without, informed, users, resamples=1000),
         oracle=rank.oracle(problem, test),
         rows=rows,
         samples=len(test),
@@ -240,7 +246,7 @@ def _publish(
     for finding in (gain, by_size, by_length):
         print(finding.text)
 
-    losses = [(record["step"], record["loss"]) for record in history if "loss" in record]
+    losses = [record for record in history if "loss" in record]
     common = {"samples": ranking.samples, "users": ranking.users, "seeds": config.seeds}
     negatives = " Negatives were sampled in proportion to popularity." if problem.sampled_negatives else ""
     panels = [
@@ -256,12 +262,12 @@ def _publish(
         _law_panel("Recall over length", laws.length, points, "length", "size", "history length (events)"),
         report.Panel(
             "Pre-training",
-            figures.loss_curves({"LUM": tuple(zip(*losses, strict=True))}, x_label="step"),
+            figures.loss_curves({"LUM": ([r["step"] for r in losses], [r["loss"] for r in losses])}, x_label="step"),
             "InfoNCE of the next item at condition positions, on training batches.",
         ),
         report.Panel(
             "Ranking losses",
-            figures.loss_curves({name: tuple(curve) for name, curve in ranking.curves.items()}, x_label="step"),
+            figures.loss_curves({name: (step, loss) for name, (step, loss) in ranking.curves.items()}, x_label="step"),
             "Binary cross-entropy on training batches, mean over seeds.",
             seeds=config.seeds,
         ),
@@ -283,7 +289,9 @@ def _publish(
     return outcome
 
 
-def _law_panel(title: str, law: Any, points: list[results.Row], x: str, group: str, x_label: str) -> report.Panel:
+def _law_panel(
+    title: str, law: Any, points: Sequence[Mapping[str, Any]], x: str, group: str, x_label: str
+) -> report.Panel:
     """The law over all points of the sweep; it is fitted where the other variable is largest."""
     return report.Panel(
         title,
@@ -296,8 +304,8 @@ def _law_panel(title: str, law: Any, points: list[results.Row], x: str, group: s
             y_label="Recall@10",
             groups=[f"{group} {p[group]}" for p in points],
         ),
-        f"Recall@10 of the next item over the full catalogue, the same targets at every point; the law is fitted at the "
-        f"largest {group}.",
+        "Recall@10 of the next item over the full catalogue, the same targets at every point; the law is fitted at "
+        f"the largest {group}.",
         seeds=1,
         interval="95 % band, t-distribution of least squares",
         notes=(law.describe(),),

@@ -192,6 +192,8 @@ def started_command() -> str:
 def commit() -> str:
     """The git commit of this source tree: its hash, "+dirty" where sources differ from it, "unknown" where not in git.
 
+    Where the sources were copied without their repository (a container, a cluster), $USERSCALE_COMMIT names it.
+
     An installed copy that happens to lie inside somebody else's repository is not taken for that repository's. Result
     files (`experiments/results/`) do not make a tree dirty, or no two results could carry one clean commit.
     """
@@ -207,7 +209,7 @@ def commit() -> str:
         return done.stdout.strip() if done.returncode == 0 else None
 
     if git("ls-files", "--error-unmatch", here.name) is None:
-        return UNKNOWN
+        return os.environ.get("USERSCALE_COMMIT") or UNKNOWN
     revision = git("rev-parse", "--verify", "HEAD")
     changes = git("status", "--porcelain", "--", ":/", ":(top,exclude)experiments/results")
     if revision is None or changes is None:

@@ -1,7 +1,9 @@
-"""What LUM reads: packed rows of behaviour sequences, and questions about them."""
+"""What LUM reads: packed rows of behaviour sequences, and questions about them; NumPy on the host, JAX on a device."""
+
+from typing import Any
 
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 
 @struct.dataclass
@@ -22,15 +24,15 @@ class Batch:
       negative_log_q: as `log_q` for the given negatives, `[B, N]`, or None.
     """
 
-    item: dict[str, Array]
-    condition: dict[str, Array]
-    segment_ids: Int[Array, "B L"]
-    positions: Int[Array, "B L"]
-    content: Float[Array, "B L C"] | None = None
-    log_q: Float[Array, "B L"] | None = None
-    negatives: dict[str, Array] | None = None
-    negative_content: Float[Array, "B N C"] | None = None
-    negative_log_q: Float[Array, "B N"] | None = None
+    item: dict[str, Any]
+    condition: dict[str, Any]
+    segment_ids: Int[Any, "B L"]
+    positions: Int[Any, "B L"]
+    content: Float[Any, "B L C"] | None = None
+    log_q: Float[Any, "B L"] | None = None
+    negatives: dict[str, Any] | None = None
+    negative_content: Float[Any, "B N C"] | None = None
+    negative_log_q: Float[Any, "B N"] | None = None
 
 
 @struct.dataclass
@@ -44,6 +46,6 @@ class Queries:
         for all of them. The answer equals that of a separate pass over the first `limit` events.
     """
 
-    condition: dict[str, Array]
-    segment_ids: Int[Array, "B Q"]
-    limit: Int[Array, "B Q"] | None = None
+    condition: dict[str, Any]
+    segment_ids: Int[Any, "B Q"]
+    limit: Int[Any, "B Q"] | None = None

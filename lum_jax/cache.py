@@ -4,6 +4,9 @@ One user a row. The keys and values of a user's events are kept; new events are 
 and write nothing.
 """
 
+from dataclasses import replace
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -60,7 +63,7 @@ def extend(params: dict, cache: Cache, batch: Batch, config: Config) -> Cache:
     count = (batch.segment_ids > 0).sum(axis=1).astype(jnp.int32)
     # The new events continue behind those that the cache holds, whatever positions the batch says.
     positions = cache.length[:, None] + jnp.arange(batch.segment_ids.shape[1], dtype=jnp.int32)
-    tokens, _, positions, _ = model.prefix_tokens(params, batch.replace(positions=positions), config)
+    tokens, _, positions, _ = model.prefix_tokens(params, replace(batch, positions=positions), config)
     held = config.stride * cache.length
     k_start, k_end = ranges_from_lengths(held, tokens.shape[1], append=True)
     _, kv = model.encode(
@@ -70,7 +73,7 @@ def extend(params: dict, cache: Cache, batch: Batch, config: Config) -> Cache:
     return Cache(kv, cache.length + count)
 
 
-def ask(params: dict, cache: Cache, condition: dict[str, Array], config: Config) -> Float[Array, "B Q width"]:
+def ask(params: dict, cache: Cache, condition: dict[str, Any], config: Config) -> Float[Array, "B Q width"]:
     """Answers to Q questions a user, `condition` holding raw features `[B, Q]`; the cache stays as it is."""
     require_conditions(config)
     questions = model.condition_embeddings(params, condition, config)

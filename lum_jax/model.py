@@ -5,6 +5,8 @@ find item i_l, by InfoNCE against the other items of the batch. The loss stands 
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -63,18 +65,21 @@ def _token_encoder(config: Config) -> TokenEncoder:
     return TokenEncoder(config.width, config.transformer.dtype)
 
 
-def item_embeddings(params: dict, item: dict[str, Array], config: Config, content: Array | None = None) -> Array:
+def item_embeddings(params: dict, item: dict[str, Any], config: Config, content: Any = None) -> Array:
     """Item token embeddings e_i from raw item features of any common shape; `[..., width]`."""
     features = embedding.embed(params["tables"], config.item, item)
     if config.item_content:
+        assert content is not None, "config.item_content asks for the items' content vectors"
         features = jnp.concatenate([features, content], axis=-1)
-    return _token_encoder(config).apply({"params": params["net"]["item"]}, features)
+    vectors: Any = _token_encoder(config).apply({"params": params["net"]["item"]}, features)
+    return vectors
 
 
-def condition_embeddings(params: dict, condition: dict[str, Array], config: Config) -> Array:
+def condition_embeddings(params: dict, condition: dict[str, Any], config: Config) -> Array:
     """Condition token embeddings from raw condition features of any common shape; `[..., width]`."""
     features = embedding.embed(params["tables"], config.condition, condition)
-    return _token_encoder(config).apply({"params": params["net"]["condition"]}, features)
+    vectors: Any = _token_encoder(config).apply({"params": params["net"]["condition"]}, features)
+    return vectors
 
 
 def encode(
@@ -136,6 +141,7 @@ def apply(
         outputs = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0))) * (batch.positions > 0)[..., None]
     negatives = None
     if config.negatives == "given":
+        assert batch.negatives is not None, "config.negatives='given' asks for Batch.negatives"
         negatives = item_embeddings(params, batch.negatives, config, batch.negative_content)
     return Output(outputs, items, negatives)
 
@@ -178,7 +184,7 @@ def objective(
     if config.negatives == "batch":
         pool = _draw(pool, config.negative_count, key)
     temperature = jnp.exp(params["net"]["log_temperature"]) if config.learn_temperature else config.temperature
-    flat = functools.partial(jnp.reshape, shape=-1)
+    flat: Callable[[Any], Array] = functools.partial(jnp.reshape, shape=-1)
     total, count = losses.info_nce(
         output.outputs.reshape(-1, config.width),
         output.items.reshape(-1, config.width),
@@ -201,7 +207,9 @@ def objective(
 
 def _pool(output: Output, batch: Batch, config: Config, users: Int[Array, "B L"]) -> dict[str, Array]:
     """This device's candidates for negatives, flat."""
+    pool: dict[str, Any]
     if config.negatives == "given":
+        assert batch.negatives is not None, "config.negatives='given' asks for Batch.negatives"
         ids = batch.negatives[config.target]
         pool = {
             "embedding": output.negatives,
@@ -253,7 +261,7 @@ def loss(
 
 def touched(batch: Batch, config: Config) -> dict[str, Int[Array, " n"]]:
     """The table rows that the batch reads, with repetitions."""
-    groups = [(config.item, batch.item)]
+    groups: list[tuple[tuple[embedding.Feature, ...], Any]] = [(config.item, batch.item)]
     if config.condition_tokens:
         groups.append((config.condition, batch.condition))
     if config.negatives == "given":

@@ -6,6 +6,7 @@ embeddings it is the plain two-tower model (EDB), its baseline.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ class Config:
 
 @struct.dataclass
 class Batch:
-    """B (user, chosen item) pairs.
+    """B (user, chosen item) pairs, NumPy on the host or JAX on a device.
 
     Attributes:
       user: raw user features, `[B]` each.
@@ -80,14 +81,14 @@ class Batch:
       log_q: log of the item's sampling probability, or None.
     """
 
-    user: dict[str, Array]
-    sequence: dict[str, Array]
-    mask: Bool[Array, "B T"]
-    item: dict[str, Array]
-    answers: Float[Array, "B N d"] | None
-    knowledge: Float[Array, "B d"] | None
-    weight: Float[Array, " B"]
-    log_q: Float[Array, " B"] | None = None
+    user: dict[str, Any]
+    sequence: dict[str, Any]
+    mask: Bool[Any, "B T"]
+    item: dict[str, Any]
+    answers: Float[Any, "B N d"] | None
+    knowledge: Float[Any, "B d"] | None
+    weight: Float[Any, " B"]
+    log_q: Float[Any, " B"] | None = None
 
 
 @struct.dataclass
@@ -141,19 +142,23 @@ def user_tower(params: dict, batch: Batch, config: Config) -> Float[Array, "B wi
     if config.user:
         parts.append(embedding.embed(tables, config.user, batch.user))
     if config.conditions:
+        assert batch.answers is not None, "config.conditions asks for Batch.answers"
         answers = jax.lax.stop_gradient(batch.answers.astype(jnp.float32))
         parts.append(answers.reshape(answers.shape[0], -1))
-    return _tower(config).apply({"params": params["net"]["user"]}, jnp.concatenate(parts, axis=-1))
+    vectors: Any = _tower(config).apply({"params": params["net"]["user"]}, jnp.concatenate(parts, axis=-1))
+    return vectors
 
 
 def item_tower(
-    params: dict, item: dict[str, Array], config: Config, knowledge: Float[Array, "*n d"] | None = None
+    params: dict, item: dict[str, Any], config: Config, knowledge: Float[Any, "*n d"] | None = None
 ) -> Float[Array, "*n width"]:
     """`e_i' = IEnc(i, e_i)` for raw item features of any common shape; the whole catalogue at once for an index."""
     vectors = embedding.embed(params["tables"], config.item, item)
     if config.knowledge_width:
+        assert knowledge is not None, "config.knowledge_width asks for LUM's item embeddings"
         vectors = jnp.concatenate([vectors, jax.lax.stop_gradient(knowledge.astype(jnp.float32))], axis=-1)
-    return _tower(config).apply({"params": params["net"]["item"]}, vectors)
+    outputs: Any = _tower(config).apply({"params": params["net"]["item"]}, vectors)
+    return outputs
 
 
 def apply(
@@ -176,7 +181,7 @@ def objective(
     """InfoNCE of each user against all items of the global batch; aux is `{"loss": (sum, weight)}`."""
     del params, key
     ids = batch.item[config.target]
-    pool = {"embedding": output.item, "id": ids, "valid": batch.weight > 0}
+    pool: dict[str, Any] = {"embedding": output.item, "id": ids, "valid": batch.weight > 0}
     if config.popularity_correction:
         pool["log_q"] = batch.log_q
     pool = losses.gather_over(axis_name, pool)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rec_core.losses import normalize
+
 USES = ("direct", "matching")
 
 
@@ -15,12 +17,9 @@ def similarity(
     answers: Float[Array, "... d"], item: Float[Array, "... d"], kind: str = "cosine"
 ) -> Float[Array, "..."]:
     """`sim(o_q, e_i)`, as in step 1's loss: "cosine" or "dot"; 0 where either vector is zero."""
-    product = (answers * item).sum(-1)
-    if kind == "dot":
-        return product
-    # The floor keeps an absent answer (all zeros) finite.
-    norms = jnp.linalg.norm(answers, axis=-1) * jnp.linalg.norm(item, axis=-1)
-    return product / jnp.maximum(norms, 1e-6)
+    if kind == "cosine":
+        answers, item = normalize(answers), normalize(item)
+    return (answers * item).sum(-1)
 
 
 def features(
@@ -39,7 +38,8 @@ def features(
       own: which of the N conditions the candidate itself implies (its category), whose answer enters the direct
         features; None takes all N answers.
       use: "direct" gives o_q and e_i, "matching" gives `sim(o_q, e_i)` for all N conditions (and that of `own`).
-      kind: the similarity.
+      kind: the similarity of step 1. With "cosine" the direct features are L2-normalised too: the loss never saw their
+        length.
 
     Returns:
       `[B, feature_width(N, d, own is not None, use)]`, float32.
@@ -48,6 +48,8 @@ def features(
     if unknown or not use:
         raise ValueError(f"lum_jax.utilization: use={use} must be some of {USES}")
     answers, item = jax.lax.stop_gradient((answers.astype(jnp.float32), item.astype(jnp.float32)))
+    if kind == "cosine":
+        answers, item = normalize(answers), normalize(item)
     chosen = answers
     if own is not None:
         chosen = jnp.take_along_axis(answers, own[:, None, None], axis=1)
@@ -55,9 +57,9 @@ def features(
     if "direct" in use:
         parts += [chosen.reshape(chosen.shape[0], -1), item]
     if "matching" in use:
-        parts.append(similarity(answers, item[:, None], kind))
+        parts.append(similarity(answers, item[:, None], "dot"))
         if own is not None:
-            parts.append(similarity(chosen, item[:, None], kind))
+            parts.append(similarity(chosen, item[:, None], "dot"))
     return jnp.concatenate(parts, axis=-1)
 
 

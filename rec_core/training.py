@@ -432,7 +432,7 @@ class _Run:
         step = metrics["diverged"]
         self.pending.clear()
         if self.saves.directory:
-            self.save(step, state.replace(diverged=jnp.full_like(state.diverged, -1)))
+            self.save(step, replace(state, diverged=jnp.full_like(state.diverged, -1)))
             self.saves.wait()
         where = f"{self.saves.directory} (step {step})" if self.saves.directory else None
         raise DivergedError(step, metrics["loss"], metrics["gradient_norm"], where)

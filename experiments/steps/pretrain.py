@@ -18,7 +18,7 @@ def lum_config(problem: Problem, size: str, **changes: Any) -> lum_jax.Config:
     """LUM over item and category, with the conditions that the dataset has; `size` as in `lum_jax.SIZES`."""
     sizes = problem.behaviors.sizes
     encoder = lum_jax.encoder(size)
-    settings = {
+    settings: dict[str, Any] = {
         "item": (Categorical("item", sizes["item"], encoder.width), Categorical("category", sizes["category"], 16)),
         "condition": tuple(Categorical(name, sizes[name], 16) for name in problem.conditions),
         "transformer": encoder,

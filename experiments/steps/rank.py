@@ -23,7 +23,7 @@ def rank_config(problem: Problem, *, dense: int = 0, width: int = 16, **changes:
     item = [Categorical("item", sizes["item"], width), Categorical("category", sizes["category"], width // 2)]
     if "feedback" in sizes:
         item.append(Categorical("feedback", sizes["feedback"], 4))
-    settings = {
+    settings: dict[str, Any] = {
         "item_features": tuple(item),
         "user_features": tuple(Categorical(n, size, 4) for n, size in sorted(problem.user_feature_sizes.items())),
         "context_features": (Categorical("domain", sizes["domain"], 4),) if sizes.get("domain", 0) > 1 else (),
@@ -40,17 +40,19 @@ def answer_features(
 ) -> np.ndarray:
     """Dense features of every sample from the newest answers before it, float16 `[samples, F]`.
 
-    The conditions are the candidate's own category and ANY. The last feature tells whether there was an answer.
+    The conditions are the candidate's own category, whose answer is the direct
+    feature, and ANY. The last feature tells whether there was an answer.
     """
     samples = problem.samples
     conditions = np.stack([samples.category, np.full(len(samples), ANY, samples.category.dtype)], axis=1)
     make = jax.jit(utilization.features, static_argnames="use")
+    own = np.zeros(min(chunk, len(samples)), np.int32)  # the first of the two conditions
     parts = []
     for first in range(0, len(samples), chunk):
         # The last chunk is filled up, so that nothing is compiled twice.
         index = np.minimum(np.arange(first, first + min(chunk, len(samples))), len(samples) - 1)
         answers, found, _ = knowledge.answers.read(samples.user[index], conditions[index], samples.time[index])
-        made = np.asarray(make(answers, knowledge.items[samples.item[index]], use=use))
+        made = np.asarray(make(answers, knowledge.items[samples.item[index]], own, use=use))
         made = np.concatenate([made * found.any(1, keepdims=True), found.any(1, keepdims=True)], axis=1)
         parts.append(made[: len(samples) - first].astype(np.float16))
     return np.concatenate(parts)

@@ -49,7 +49,7 @@ def target_ranks(
     start, end = sequences.offsets[owner], sequences.before(owner, sequences.columns["time"][index])
     given = columns(problem)
     items = item_embeddings(problem, params, config)
-    valid = np.arange(len(items)) >= FIRST_ITEM
+    valid: Any = np.arange(len(items)) >= FIRST_ITEM
 
     @jax.jit
     def find(params, batch, queries, items, target):

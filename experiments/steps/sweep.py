@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -49,7 +50,7 @@ def sweep(
                 directory=directory and directory / f"{size}-{length}",
                 label=f"sweep: {size} parameters, length {length}",
             )
-            ranks = target_ranks(problem, result.params, config, index, length=length)
+            ranks: Any = target_ranks(problem, result.params, config, index, length=length)
             losses = [record["loss"] for record in result.history if "loss" in record]
             rows.append(
                 {

@@ -105,13 +105,16 @@ def item_category(dataset: Dataset, *, until: int, buckets: int = 8) -> Int[np.n
     `buckets` classes of equal event counts by events before `until` (class 1 the most popular; unseen items the last).
     """
     if dataset.categories > 1:
-        return dataset.item_table.category
+        known = dataset.item_table.category
+        assert known is not None  # a source with categories has them by item
+        return known
     category = np.zeros(dataset.items, np.int32)
     columns = dataset.columns(("item", "time"))
     counts = np.bincount(columns["item"][columns["time"] < until], minlength=dataset.items)
     order = np.argsort(-counts[FIRST_ITEM:], kind="stable")
     sorted_counts = counts[FIRST_ITEM:][order]
-    share = (np.cumsum(sorted_counts) - sorted_counts) / max(1, sorted_counts.sum())  # of events of more popular items
+    more_popular = np.cumsum(sorted_counts) - sorted_counts  # events of more popular items
+    share = more_popular / max(1, int(sorted_counts.sum()))
     category[FIRST_ITEM + order] = 1 + np.minimum(buckets - 1, (share * buckets).astype(np.int32))
     return category
 

@@ -19,8 +19,11 @@ def test_features_by_hand():
     assert made.shape == (2, utilization.feature_width(3, 4, own=True))
     for b in range(2):
         cosine = [a @ item[b] / np.linalg.norm(a) / np.linalg.norm(item[b]) for a in answers[b]]
-        expected = [*answers[b, own[b]], *item[b], *cosine, cosine[own[b]]]
-        np.testing.assert_allclose(made[b], expected, rtol=1e-5)
+        unit = [answers[b, own[b]] / np.linalg.norm(answers[b, own[b]]), item[b] / np.linalg.norm(item[b])]
+        np.testing.assert_allclose(made[b], [*unit[0], *unit[1], *cosine, cosine[own[b]]], rtol=1e-5)
+    plain = utilization.features(answers, item, own, kind="dot")
+    dot = answers @ item[:, :, None]
+    np.testing.assert_allclose(plain[0], [*answers[0, 2], *item[0], *dot[0, :, 0], dot[0, 2, 0]], rtol=1e-5)
 
 
 @pytest.mark.parametrize("use", [("direct",), ("matching",), ("direct", "matching")])
