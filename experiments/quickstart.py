@@ -32,6 +32,7 @@ from experiments.steps.pretrain import lum_config, pretrain
 from experiments.steps.problem import Problem, make_problem
 from experiments.steps.sweep import sweep
 from lum_jax import utilization
+from rec_core.data.world import World
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Quickstart:
 
     Attributes:
       data: which data.
-      out: folder for report.html, result.json, checkpoints and the knowledge store.
+      out: folder for report.html, result.json, checkpoints and the knowledge store; runs/quickstart-<data> by default.
       quick: a run of seconds that only shows that everything works.
       seeds: how often each ranking model is trained.
       size: of LUM, as in `lum_jax.SIZES`.
@@ -58,11 +59,11 @@ class Quickstart:
     """
 
     data: Data = field(default_factory=Data)
-    out: Path = Path("runs/quickstart")
+    out: Path | None = None
     quick: bool = False
     seeds: int = 3
     size: str = "100k"
-    lum_events: int = 400_000
+    lum_events: int = 300_000
     lum_share: float = 1.0
     lum_length: int = 128
     every: int = 8
@@ -70,10 +71,10 @@ class Quickstart:
     max_samples: int = 150_000
     epochs: float = 1.0
     ablate: bool = False
-    batch_rows: int = 16
+    batch_rows: int = 4
     sweep_sizes: tuple[str, ...] = ("6k", "25k", "100k", "400k")
     sweep_lengths: tuple[int, ...] = (8, 32, 128)
-    sweep_events: int = 100_000
+    sweep_events: int = 60_000
     sweep_targets: int = 800
 
     def __post_init__(self):
@@ -97,15 +98,17 @@ QUICK = {
     "sweep_targets": 100,
     "seeds": 2,
 }
+QUICK_WORLD = World(users=300, items=400, categories=16, mean_length=40, max_length=200)
 
 
 def run(config: Quickstart) -> results.Result:
     """Runs everything, prints the table, writes `out`/result.json and `out`/report.html."""
     if config.quick:
         config = Quickstart(**(vars(config) | QUICK))
+    out = config.out or Path("runs") / f"quickstart-{config.data.data}"
+    out.mkdir(parents=True, exist_ok=True)
     started = results.begin()
-    config.out.mkdir(parents=True, exist_ok=True)
-    problem = make_problem(load(config.data))
+    problem = make_problem(load(config.data, world=QUICK_WORLD if config.quick else None))
     sizes = {name: len(index) for name, index in problem.splits.items()}
     print(f"samples: {sizes['train']:,} train, {sizes['valid']:,} validation, {sizes['test']:,} test", flush=True)
 
@@ -118,9 +121,9 @@ def run(config: Quickstart) -> results.Result:
         max_length=config.lum_length,
         row_length=config.lum_length,
         batch_rows=config.batch_rows,
-        directory=config.out / "lum",
+        directory=out / f"lum-{config.size}",
     )
-    store = config.out / "knowledge"
+    store = out / "knowledge"
     shutil.rmtree(store, ignore_errors=True)  # answers of an earlier model do not mix with this one's
     knowledge = ask(problem, pretrained.params, lum, store=str(store), max_length=config.lum_length, every=config.every)
     print(f"knowledge: {len(knowledge.answers):,} answers of version {knowledge.answers.version}", flush=True)
@@ -134,7 +137,7 @@ def run(config: Quickstart) -> results.Result:
         batch_rows=config.batch_rows,
     )
     laws = scaling_law.fit_sweep(points)
-    return _publish(config, problem, pretrained.history, ranking, points, laws, started)
+    return _publish(config, out, problem, pretrained.history, ranking, points, laws, started)
 
 
 def lum_until(problem: Problem, share: float) -> int:
@@ -145,10 +148,12 @@ def lum_until(problem: Problem, share: float) -> int:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Step 3's outcome on the test period."""
+    """Step 3's outcome on the test period; `apart` are AUCs of users with and without training samples."""
 
     systems: dict[str, statistics.Interval]
     gain: statistics.Interval
+    apart: dict[str, dict[str, float]]
+    popularity: float
     oracle: float | None
     rows: list[results.Row]
     samples: int
@@ -191,9 +196,22 @@ def compare(problem: Problem, knowledge: Knowledge, config: Quickstart) -> Ranki
             curves.setdefault(name, []).append([(r["step"], r["loss"]) for r in trained.history if "loss" in r])
     labels, users = problem.samples.label[test], problem.samples.user[test]
     without, informed = np.stack(logits["DIN"]), np.stack(logits["DIN + LUM"])
+    known = np.isin(users, problem.samples.user[train])
+    groups = {"known_users": known, "new_users": ~known}
+    apart = {
+        name: {
+            group: float(np.mean([rank.auc(problem, test[mask], scores[mask]) for scores in found]))
+            for group, mask in groups.items()
+            if 0 < labels[mask].sum() < mask.sum()
+        }
+        for name, found in logits.items()
+    }
+    counts = np.bincount(problem.samples.item[train], problem.samples.label[train], minlength=len(problem.category))
     return Ranking(
         systems={n: statistics.auc_interval(labels, np.stack(s), users, resamples=1000) for n, s in logits.items()},
         gain=statistics.auc_difference(labels, without, informed, users, resamples=1000),
+        apart=apart,
+        popularity=rank.auc(problem, test, counts[problem.samples.item[test]]),
         oracle=rank.oracle(problem, test),
         rows=rows,
         samples=len(test),
@@ -204,6 +222,7 @@ def compare(problem: Problem, knowledge: Knowledge, config: Quickstart) -> Ranki
 
 def _publish(
     config: Quickstart,
+    out: Path,
     problem: Problem,
     history: list[dict[str, Any]],
     ranking: Ranking,
@@ -220,8 +239,13 @@ def _publish(
         **laws.size.figures("size_law"),
         **laws.length.figures("length_law"),
     }
+    numbers["popularity_auc"] = ranking.popularity
+    for name, key in (("DIN", "din"), ("DIN + LUM", "din_lum")):
+        numbers |= {f"{key}_auc_{group}": value for group, value in ranking.apart[name].items()}
     if ranking.oracle is not None:
         numbers["oracle_auc"] = ranking.oracle
+    if problem.reachable and ranking.oracle is not None:
+        numbers["reachable_auc"] = ranking.oracle  # the true probability is a function of the observed history
     rows = [{"kind": "ranking", **row} for row in ranking.rows] + [{"kind": "sweep", **row} for row in points]
     outcome = results.record(
         f"quickstart_{problem.name.replace('-', '')}",
@@ -230,14 +254,23 @@ def _publish(
         rows=rows,
         figures=numbers,
     )
-    results.write(config.out / "result.json", outcome)
+    results.write(out / "result.json", outcome)
 
     headline = [
-        {"system": name, "AUC": value.mean, "low": value.low, "high": value.high, "seeds": value.seeds}
+        {
+            "system": name,
+            "AUC": value.mean,
+            "low": value.low,
+            "high": value.high,
+            "seeds": value.seeds,
+            **{group.replace("_", " "): auc for group, auc in ranking.apart[name].items()},
+        }
         for name, value in ranking.systems.items()
     ]
+    headline.append({"system": "popularity alone", "AUC": ranking.popularity})
     if ranking.oracle is not None:
-        headline.append({"system": "oracle (true probability)", "AUC": ranking.oracle})
+        reach = ", reachable" if problem.reachable else ""
+        headline.append({"system": f"oracle (true probability{reach})", "AUC": ranking.oracle})
     gain = report.difference("DIN with LUM's answers against DIN", ranking.gain)
     by_size = report.law("Recall@10 over model size", laws.size)
     by_length = report.law("Recall@10 over length", laws.length)
@@ -284,8 +317,8 @@ def _publish(
             "and its stored answers are given to DIN as fixed features."
         ),
     )
-    path = report.write(config.out / "report.html", text)
-    print(f"report: {path}   result: {config.out / 'result.json'}   {outcome.seconds:.0f} s", flush=True)
+    path = report.write(out / "report.html", text)
+    print(f"report: {path}   result: {out / 'result.json'}   {outcome.seconds:.0f} s", flush=True)
     return outcome
 
 

@@ -30,14 +30,6 @@ TRAIN = TrainConfig(steps=10, clip=None)
 KEY = step_key(TRAIN.seed, 0)  # what the first step draws with
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Any:
-    """Half the compile time; partitioning, which is what is held here, is the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def discover(packages: tuple[str, ...]) -> list[types.ModuleType]:
     """Modules with the contract's face, each model once (a package may re-export its module's functions)."""
     found: dict[Any, types.ModuleType] = {}

@@ -23,6 +23,7 @@ class Problem:
       category: of each item.
       user_features: side information, int32 [users] each; `user_feature_sizes` is one above the largest id of each.
       sampled_negatives: whether the source has none, so that they were sampled (see `samples.add_negatives`).
+      reachable: whether the true probability is known and a function of the observed history (a world with latent = 0).
     """
 
     name: str
@@ -34,6 +35,7 @@ class Problem:
     user_features: dict[str, np.ndarray]
     user_feature_sizes: dict[str, int]
     sampled_negatives: bool
+    reachable: bool
 
     @property
     def splits(self) -> dict[str, np.ndarray]:
@@ -66,4 +68,5 @@ def make_problem(dataset: Dataset, *, seed: int = 0, log: Callable[[str], None] 
         user_features=dataset.user_features or {},
         user_feature_sizes=dict(dataset.meta.get("user_feature_sizes", {})),
         sampled_negatives=sampled,
+        reachable=dataset.meta.get("source", {}).get("config", {}).get("latent") == 0,
     )

@@ -142,7 +142,7 @@ def test_pretraining_learns_and_ranker_runs_in_both_arms(problem, tmp_path):
     dense = np.random.default_rng(0).standard_normal((len(problem.samples), 3)).astype(np.float16)
     for extra in (None, dense):
         model = rank.rank_config(problem, dense=0 if extra is None else 3)
-        result = rank.train_ranker(problem, model, train, dense=extra, length=8, batch_size=256, epochs=2)
+        result = rank.train_ranker(problem, model, train, dense=extra, length=8, batch_size=256, epochs=3, learning_rate=1e-2)
         logits = rank.scores(problem, result.params, model, test, dense=extra, length=8, batch_size=128)
         assert logits.shape == test.shape and np.isfinite(logits).all()
         fitted = rank.scores(problem, result.params, model, train, dense=extra, length=8)
