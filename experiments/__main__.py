@@ -8,7 +8,7 @@ from typing import Any
 
 import tyro
 
-from experiments import data_bench, progress, quickstart, results
+from experiments import data_bench, progress, quickstart, readme, results
 from experiments.datasets import Data, load
 
 
@@ -27,10 +27,16 @@ class Compare:
     b: tyro.conf.Positional[Path]
 
 
+@dataclass(frozen=True)
+class Readme:
+    """Rewrite the measured part of README.md from experiments/results."""
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "quickstart": (quickstart.Quickstart, quickstart.run),
     "data-bench": (data_bench.DataBench, data_bench.run),
     "prepare": (Prepare, lambda config: load(config.data)),
+    "readme": (Readme, lambda config: readme.update()),
     "compare": (Compare, lambda config: print(progress.table(results.compare(config.a, config.b)))),
 }
 

@@ -8,10 +8,8 @@ with both scaling laws fitted.
     python -m experiments quickstart --data ml-1m --data-dir PATH/ml-1m          # MovieLens-1M
     python -m experiments quickstart --data table --data-dir FILE.csv --columns user=uid item=sku time=ts
 
-LUM is pre-trained on the behaviours of the first `lum_share` of the training samples' time; DIN learns from the same
-samples in both arms, and no vector that it reads rests on an event at or after its sample. Pre-training resumes in
-`out`.
-
+LUM is pre-trained on what is older than DIN's training samples; DIN learns from the same samples in both arms, and no
+vector that it reads rests on an event at or after its sample. Pre-training resumes in `out`.
 Results: `results/quickstart_world.json`, `results/quickstart_ml1m.json`.
 """
 
@@ -46,8 +44,9 @@ class Quickstart:
       seeds: how often each ranking model is trained.
       size: of LUM, as in `lum_jax.SIZES`.
       lum_events: behaviours that LUM's pre-training sees (with repetitions).
-      lum_share: LUM sees the first share of the training period's samples only (1: all of it). DIN's training samples
-        after it get answers of a model that has not seen them, as test samples do.
+      lum_share: LUM sees the first share of the training samples' time (1: all of it). None: what is older than the
+        samples that DIN learns from, so that its answers come from a model that has not seen their labels, as at test
+        time (all of it where DIN takes every sample).
       lum_length: behaviours of a prefix.
       every: behaviours from one stored answer of a user to the next.
       history: behaviours that DIN reads.
@@ -64,7 +63,7 @@ class Quickstart:
     seeds: int = 3
     size: str = "100k"
     lum_events: int = 300_000
-    lum_share: float = 1.0
+    lum_share: float | None = None
     lum_length: int = 128
     every: int = 8
     history: int = 32
@@ -80,7 +79,7 @@ class Quickstart:
     def __post_init__(self):
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds} must be at least 1")
-        if not 0 < self.lum_share <= 1:
+        if self.lum_share is not None and not 0 < self.lum_share <= 1:
             raise ValueError(f"lum_share={self.lum_share} must be above 0 and at most 1")
         if len(self.sweep_sizes) < 3 or len(self.sweep_lengths) < 3:
             raise ValueError(
@@ -116,7 +115,7 @@ def run(config: Quickstart) -> results.Result:
     pretrained = pretrain(
         problem,
         lum,
-        until=lum_until(problem, config.lum_share),
+        until=lum_until(problem, config),
         events=config.lum_events,
         max_length=config.lum_length,
         row_length=config.lum_length,
@@ -140,10 +139,20 @@ def run(config: Quickstart) -> results.Result:
     return _publish(config, out, problem, pretrained.history, ranking, points, laws, started)
 
 
-def lum_until(problem: Problem, share: float) -> int:
-    """The time before which `share` of the training samples lie."""
+def newest_training_samples(problem: Problem, count: int) -> np.ndarray:
+    """Indices of the `count` newest samples of the training period, in the samples' order."""
+    train = problem.splits["train"]
+    return np.sort(train[np.argsort(problem.samples.time[train], kind="stable")[-count:]])
+
+
+def lum_until(problem: Problem, config: Quickstart) -> int:
+    """The time before which LUM's pre-training ends; see `Quickstart.lum_share`."""
     time = np.sort(problem.samples.time[problem.splits["train"]])
-    return problem.train_end if share == 1 else int(time[int(share * len(time))])
+    if config.lum_share is None:
+        first = max(0, len(time) - config.max_samples)
+    else:
+        first = int(config.lum_share * len(time)) % len(time)
+    return int(time[first]) if first else problem.train_end
 
 
 @dataclass(frozen=True)
@@ -168,10 +177,7 @@ def compare(problem: Problem, knowledge: Knowledge, config: Quickstart) -> Ranki
         arms |= {
             f"DIN + LUM, {use} only": rank.answer_features(problem, knowledge, use=(use,)) for use in utilization.USES
         }
-    splits = problem.splits
-    train = splits["train"]
-    newest = np.sort(train[np.argsort(problem.samples.time[train], kind="stable")[-config.max_samples :]])
-    test = splits["test"]
+    train, test = newest_training_samples(problem, config.max_samples), problem.splits["test"]
     logits: dict[str, list[np.ndarray]] = {}
     curves: dict[str, list[list[tuple[int, float]]]] = {}
     rows: list[results.Row] = []
@@ -181,7 +187,7 @@ def compare(problem: Problem, knowledge: Knowledge, config: Quickstart) -> Ranki
             trained = rank.train_ranker(
                 problem,
                 model,
-                newest,
+                train,
                 dense=dense,
                 length=config.history,
                 epochs=config.epochs,
@@ -196,7 +202,8 @@ def compare(problem: Problem, knowledge: Knowledge, config: Quickstart) -> Ranki
             curves.setdefault(name, []).append([(r["step"], r["loss"]) for r in trained.history if "loss" in r])
     labels, users = problem.samples.label[test], problem.samples.user[test]
     without, informed = np.stack(logits["DIN"]), np.stack(logits["DIN + LUM"])
-    known = np.isin(users, problem.samples.user[train])
+    past = problem.splits["train"]
+    known = np.isin(users, problem.samples.user[past])
     groups = {"known_users": known, "new_users": ~known}
     apart = {
         name: {
@@ -206,7 +213,7 @@ def compare(problem: Problem, knowledge: Knowledge, config: Quickstart) -> Ranki
         }
         for name, found in logits.items()
     }
-    counts = np.bincount(problem.samples.item[train], problem.samples.label[train], minlength=len(problem.category))
+    counts = np.bincount(problem.samples.item[past], problem.samples.label[past], minlength=len(problem.category))
     return Ranking(
         systems={n: statistics.auc_interval(labels, np.stack(s), users, resamples=1000) for n, s in logits.items()},
         gain=statistics.auc_difference(labels, without, informed, users, resamples=1000),

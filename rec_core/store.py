@@ -324,17 +324,12 @@ class _Environment:
             _refuse_cut_file(self.env, data)
             if not readonly:
                 self.env.reader_check()  # frees the slots of readers that were killed
-            with self.env.begin() as txn:
-                if txn.stat()["entries"] and txn.get(b"header") is None:
-                    raise StoreError(f"{folder}: holds an LMDB database that is not a store: name another folder")
-            self.header = self.env.open_db(b"header", create=not readonly)
-            self.entries = self.env.open_db(b"entries", create=not readonly)
-            with self.env.begin(write=not readonly) as txn:
-                written = txn.get(b"format", db=self.header)
-                if written is None and not readonly:
-                    txn.put(b"format", FORMAT, db=self.header)
-                elif written != FORMAT:
-                    raise StoreError(f"{folder}: has store format {written!r} and this code reads {FORMAT!r}")
+            while True:
+                try:
+                    self.header, self.entries = self._databases()
+                    break
+                except lmdb.MapResizedError:  # another process has grown the store since its size was looked at
+                    self.env.set_mapsize(0)
             if new:
                 _sync_folder(folder)  # the file's name must survive a loss of power as well
         except lmdb.Error as error:
@@ -344,6 +339,20 @@ class _Environment:
             self.env.close()
             raise
         self.file = _file_id(data)
+
+    def _databases(self) -> tuple[Any, Any]:
+        """Header and entries, made where the store is new; a StoreError if this is no store of ours."""
+        with self.env.begin() as txn:
+            if txn.stat()["entries"] and txn.get(b"header") is None:
+                raise StoreError(f"{self.folder}: holds an LMDB database that is not a store: name another folder")
+        header, entries = (self.env.open_db(name, create=not self.readonly) for name in (b"header", b"entries"))
+        with self.env.begin(write=not self.readonly) as txn:
+            written = txn.get(b"format", db=header)
+            if written is None and not self.readonly:
+                txn.put(b"format", FORMAT, db=header)
+            elif written != FORMAT:
+                raise StoreError(f"{self.folder}: has store format {written!r} and this code reads {FORMAT!r}")
+        return header, entries
 
     def run(self, body: Callable[[Any], T], write: bool = False) -> T:
         """`body(transaction)` in one transaction, again after the map has grown (here or by another process)."""

@@ -289,9 +289,11 @@ def test_sparse_first_step_is_the_dense_one(model: Any) -> None:
     np.testing.assert_allclose(float(metrics["loss"]), known.loss, rtol=1e-5)
     norm = optimizers.gradient_norm(known.gradients)
     np.testing.assert_allclose(float(metrics["gradient_norm"]), float(norm), rtol=1e-4)
-    dense, _ = optimizers.update(
-        known.params, known.gradients, optimizers.init_optimizer(known.params, TRAIN), TRAIN, step=jnp.int32(0)
-    )
+    dense = jax.jit(
+        lambda params, gradients: optimizers.update(
+            params, gradients, optimizers.init_optimizer(params, TRAIN), TRAIN, step=jnp.int32(0)
+        )[0]
+    )(known.params, known.gradients)
     touched = model.touched(known.batch, known.config)
     assert touched.keys() <= known.params["tables"].keys()
     for name, table in known.params["tables"].items():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import survival_worker
 
 from rec_core.checkpoint import read_records
 
@@ -47,7 +48,9 @@ def losses(directory: Path) -> list[float]:
 def test_two_processes_are_one_and_their_checkpoint_continues_on_one(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     port = free_port()
-    finish(start(one, 9, 4), start(two, 6, 2, port, 0, 2), start(two, 6, 2, port, 1, 2))  # a mesh of 2x2 in both
+    runs = start(two, 6, 2, port, 0, 2), start(two, 6, 2, port, 1, 2)
+    survival_worker.main(str(one), 9, 2, 2)  # one process, this one; a mesh of 2x2 in both
+    finish(*runs)
     assert len(losses(two)) == 6
     np.testing.assert_allclose(losses(two), losses(one)[:6], rtol=1e-5)
     finish(start(two, 9, 4))

@@ -10,11 +10,14 @@ import pytest
 import lum_jax
 from experiments.datasets import make_world
 from experiments.steps import rank
-from experiments.steps.ask import ask, lay_out, looked_up, moments
+from experiments.steps.ask import ask, lay_out, looked_up, moments, version
 from experiments.steps.pretrain import columns, lum_config, lum_rows, pretrain
 from experiments.steps.problem import ANY, make_problem
 from experiments.steps.recall import target_ranks, targets
+from rec_core.checkpoint import restore_params
 from rec_core.data.world import World
+from rec_core.store import StoreError
+from rec_core.training import DivergedError
 
 WORLD = World(users=60, items=220, categories=8, departments=2, domains=2, mean_length=20, max_length=60, seed=1)
 
@@ -142,17 +145,33 @@ def test_pretraining_learns_and_ranker_runs_in_both_arms(problem, tmp_path):
     dense = np.random.default_rng(0).standard_normal((len(problem.samples), 3)).astype(np.float16)
     for extra in (None, dense):
         model = rank.rank_config(problem, dense=0 if extra is None else 3)
-        result = rank.train_ranker(problem, model, train, dense=extra, length=8, batch_size=256, epochs=3, learning_rate=1e-2)
+        result = rank.train_ranker(
+            problem, model, train, dense=extra, length=8, batch_size=256, epochs=3, learning_rate=1e-2
+        )
         logits = rank.scores(problem, result.params, model, test, dense=extra, length=8, batch_size=128)
         assert logits.shape == test.shape and np.isfinite(logits).all()
-        fitted = rank.scores(problem, result.params, model, train, dense=extra, length=8)
+        fitted = rank.scores(problem, result.params, model, train, dense=extra, length=8, batch_size=128)
         assert rank.auc(problem, train, fitted) > 0.6
+
+
+def test_a_diverging_pretraining_names_the_step_and_keeps_the_state_before_it(problem, tmp_path):
+    config = lum_config(problem, "6k", negative_count=64)
+    with pytest.raises(DivergedError, match=r"diverged at step (\d+): loss .*the state before it is saved in") as error:
+        pretrain(
+            problem, config, until=problem.train_end, events=1_000, max_length=16, row_length=32, learning_rate=1e30,
+            directory=tmp_path,
+        )  # fmt: skip
+    assert 0 < error.value.step < 3  # the first steps' loss is that of the parameters before any update
+    assert f"diverged at step {error.value.step}:" in str(error.value)
+    kept = restore_params(tmp_path, error.value.step)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kept))
 
 
 def test_the_store_of_another_model_is_refused(problem, model, tmp_path: Path):
     config, params = model
     folder = str(tmp_path / "k")
-    ask(problem, params, config, store=folder, max_length=16, every=20)
-    other = lum_jax.init(jax.random.key(9), config)
-    with pytest.raises(Exception, match="version"):
-        ask(problem, other, config, store=folder, max_length=16, every=20)
+    options: dict = {"max_length": 16, "every": 20, "rows_a_call": 4, "questions_a_row": 24}
+    ask(problem, params, config, store=folder, **options)
+    other = jax.tree.map(lambda leaf: leaf * 1.01, params)
+    with pytest.raises(StoreError, match=f"'{version(params)}' and opened for '{version(other)}'"):
+        ask(problem, other, config, store=folder, **options)

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rec_core import store as store_module
 from rec_core.store import MAX_KEY, StoreError, open_store
 
 
@@ -357,6 +358,24 @@ def test_a_map_that_another_process_has_grown_is_followed(tmp_path):
         assert store.count() == 2001 and store.get([b"01999"]) == [bytes(1000)]
         store.put([(b"b", b"2")])
         assert store.get([b"a", b"b"]) == [b"1", b"2"]
+
+
+@pytest.mark.parametrize("readonly", [False, True])
+def test_a_map_that_grows_while_the_store_is_being_opened_is_followed(tmp_path, monkeypatch, readonly):
+    folder = tmp_path / "store"
+    open_store(folder, map_size=1 << 16).close()
+    grown = []
+
+    def grow(env, data):
+        """Between the look at the file's size and the first transaction another process writes."""
+        before = env.info()["map_size"]
+        _python("import sys; from rec_core.store import open_store; open_store(sys.argv[1]).put("
+                "(b'%05d' % i, bytes(1000)) for i in range(2000))", str(folder))  # fmt: skip
+        grown.append(data.stat().st_size > before)
+
+    monkeypatch.setattr(store_module, "_refuse_cut_file", grow)
+    with open_store(folder, map_size=1 << 16, readonly=readonly) as store:
+        assert grown == [True] and store.count() == 2000 and store.get([b"01999"]) == [bytes(1000)]
 
 
 def test_what_is_no_store_is_refused_and_left_alone(tmp_path):

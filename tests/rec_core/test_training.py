@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import toy_model
 
 from rec_core import optimizers
-from rec_core.checkpoint import restore_params
+from rec_core.checkpoint import CheckpointError, Checkpoints, restore_params
 from rec_core.sharding import make_mesh, put_batch
 from rec_core.training import (
     DivergedError,
@@ -179,6 +180,39 @@ def test_fit_learns_logs_evaluates_and_resumes_as_if_it_had_not_stopped(tmp_path
 
     again = fit(toy_model, config, train, batches(), directory=tmp_path / "b", **options)  # done is not run again
     assert losses(again.history) == losses(whole.history)
+
+
+def test_runs_of_several_seeds_share_one_compiled_step_and_draw_their_own_numbers(tmp_path: Path) -> None:
+    traced: list[None] = []
+
+    def apply(*args: Any, **options: Any) -> Any:
+        traced.append(None)
+        return toy_model.apply(*args, **options)
+
+    model = types.ModuleType("toy_that_counts")
+    model.__dict__.update({**vars(toy_model), "apply": apply, "__name__": "toy_that_counts"})
+    config = dataclasses.replace(CONFIG, dropout=0.5)
+    params = toy_model.init(jax.random.key(0), config)  # given, so that only the steps' own draws differ
+
+    def run(seed: int, directory: Path | None = None, cut: int = 6, **options: Any) -> list[float]:
+        train = dataclasses.replace(TRAIN, seed=seed, checkpoint_every=seed, log_every=1)
+        data = itertools.islice(batches(), cut)
+        return losses(fit(model, config, train, data, directory=directory, **options).history)
+
+    first = run(5, params=params)
+    once = len(traced)
+    assert once
+    assert all(a != b for a, b in zip(run(6, params=params), first))
+    whole, other = run(5), run(6)
+    assert whole[0] != first[0] and whole[0] != other[0]  # the parameters are the seed's as well
+
+    run(5, tmp_path, cut=3)
+    with Checkpoints(tmp_path, {}) as saves:
+        assert int(saves.read(3)[0]["seed"]) == 5
+    assert run(5, tmp_path) == whole
+    with pytest.raises(CheckpointError, match=r"train\.seed: 5 in the checkpoint, 6 now"):
+        run(6, tmp_path)
+    assert len(traced) == once, "a run that differs in its seed alone was traced again"
 
 
 def test_early_stopping_gives_the_best_parameters(tmp_path: Path) -> None:
