@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -322,9 +323,10 @@ class Log:
         if not self._first:
             return
         part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-        os.replace(part, path)
-        self._file = path.open("a")
+        with self._writing(str(path)):
+            part.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+            os.replace(part, path)
+            self._file = path.open("a")
         if tensorboard:
             try:
                 from tensorboardX import SummaryWriter
@@ -335,8 +337,9 @@ class Log:
     def write(self, record: dict[str, Any]) -> dict[str, Any]:
         self.records.append(record)
         if self._file:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            with self._writing(self._file.name):
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
         if self._events:
             for name, value in (record | record.get("evaluation", {})).items():
                 if name not in ("step", "evaluation"):
@@ -348,7 +351,24 @@ class Log:
     def flush(self) -> None:
         """Records are on the disk, not in the system's memory, when this returns."""
         if self._file:
-            os.fsync(self._file.fileno())
+            with self._writing(self._file.name):
+                os.fsync(self._file.fileno())
+
+    @contextmanager
+    def _writing(self, path: str) -> Iterator[None]:
+        """A disk without room is a CheckpointError that names the file; whole records before it stay."""
+        try:
+            yield
+        except OSError as error:
+            if self._file:
+                with suppress(OSError):  # closing tries to write what is left, once more
+                    self._file.close()
+                self._file = None
+            free = shutil.disk_usage(Path(path).parent).free
+            raise CheckpointError(
+                f"{path} cannot be written: {error}; {free:,} bytes are free on its disk. Make room and start again: "
+                "the run goes on from its last checkpoint"
+            ) from error
 
     def close(self) -> None:
         if self._events:

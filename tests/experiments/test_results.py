@@ -129,7 +129,7 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
         results.write(path, made(seconds=2.0))
     assert results.read(path).seconds == 1.5
     assert list(tmp_path.iterdir()) == [path]

@@ -15,7 +15,10 @@ from experiments.steps.pretrain import columns, lum_config, lum_rows, pretrain
 from experiments.steps.problem import ANY, make_problem
 from experiments.steps.recall import target_ranks, targets
 from rec_core.checkpoint import restore_params
+from rec_core.data.schema import EventLog, Items
 from rec_core.data.world import World
+from rec_core.data.writer import write
+from rec_core.ranking import ctr
 from rec_core.store import StoreError
 from rec_core.training import DivergedError
 
@@ -57,6 +60,28 @@ def test_moments_rest_on_older_behaviours_only(problem):
     assert (time[known.end - 1] < known.as_of).all()
     inside = known.end < problem.behaviors.offsets[known.user + 1]
     assert (time[known.end[inside]] >= known.as_of[inside]).all()
+
+
+def test_users_without_a_behaviour_are_served_with_empty_histories(tmp_path):
+    """User 1 of 3 was shown items and took none; user 2 took one, which is nobody's history yet."""
+    taken = [[1] * 6, [0] * 6, [0] * 5 + [1]]
+    user, label = np.repeat(np.arange(3), 6), np.concatenate(taken).astype(np.uint8)
+    log = EventLog(user, 2 + np.arange(18) % 5, 1000 + 10 * np.tile(np.arange(6), 3) + user, label=label)
+    items = Items(np.arange(2, 7), np.array([1, 2, 1, 2, 1], np.int32))
+    dataset = write([log], items, tmp_path / "set", meta={"source": {}, "options": {}})
+    problem = make_problem(dataset, log=str)
+    np.testing.assert_array_equal(np.diff(problem.behaviors.offsets), [6, 0, 1])
+    rows = lum_rows(problem, until=2000, max_length=4, row_length=8)
+    assert set(rows.windows.user) == {0} and rows.windows.users_dropped == 2
+    known = moments(problem.behaviors, every=2)
+    assert set(known.user) == {0, 2}
+    ones = np.ones(len(problem.samples), np.float32)
+    batch = rank.rank_batch(problem, np.arange(len(problem.samples)), ones, None, 4)
+    np.testing.assert_array_equal(batch.mask.sum(1), np.r_[np.minimum(np.arange(6), 4), [0] * 12])
+    ctr.check(batch, rank.rank_config(problem))
+    assert (known.newest(np.full(4, 1), np.full(4, 10**6)) == -1).all()
+    with pytest.raises(ValueError, match="none of 3 users has min_length = 2 events"):
+        lum_rows(problem, until=1005, max_length=4, row_length=8)
 
 
 def test_tasks_hold_every_question_once_within_their_row():

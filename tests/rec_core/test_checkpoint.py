@@ -249,3 +249,19 @@ def test_log_cuts_back_to_the_checkpoint(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl:2: not a JSON record .*'nonsense'"):
         read_records(path)
+
+
+def test_records_on_a_full_disk_are_an_error_that_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with (
+        no_room(300),
+        pytest.raises(CheckpointError, match=rf"{path} cannot be written: .*bytes are free.*last checkpoint"),
+        Log(tmp_path, 0) as log,
+    ):
+        for step in range(100):
+            log.write({"step": step, "loss": 0.5})
+    whole = read_records(path)
+    assert 5 < len(whole) < 20 and whole == log.records[: len(whole)]
+    with Log(tmp_path, 5) as log:  # room was made
+        log.write({"step": 6, "loss": 0.5})
+    assert [record["step"] for record in read_records(path)] == list(range(7))
