@@ -18,8 +18,8 @@ def test_packed_rows_equal_one_user_a_row(condition_tokens):
     config = tiny(condition_tokens=condition_tokens)
     users = [[5, 9, 2, 7], [3], [8, 8, 21, 4, 6]]
     params = init(jax.random.key(0), config)
-    together = apply(params, packed([users], 11), config).outputs[0]
-    apart = apply(params, packed([[u] for u in users], 5), config).outputs
+    together = apply(params, packed([users, [], []], 11), config).outputs[0]  # one shape, compiled once
+    apart = apply(params, packed([[u] for u in users], 11), config).outputs
     np.testing.assert_allclose(together[:4], apart[0, :4], atol=2e-6)
     np.testing.assert_allclose(together[4:5], apart[1, :1], atol=2e-6)
     np.testing.assert_allclose(together[5:10], apart[2, :5], atol=2e-6)
@@ -114,7 +114,7 @@ def test_given_negatives_and_popularity_correction_change_the_loss():
         negative_log_q=np.log(np.array([[0.125, 0.25]], np.float32)),
     )
     lum_jax.check(batch, config)
-    params = init(jax.random.key(0), config)
+    params = init(jax.random.key(0), tiny())  # the same parameters
     output = apply(params, batch, config)
     o, e, n = (np.asarray(x[0], np.float64) for x in (output.outputs, output.items, output.negatives))
     first = [o[0] @ e[0] - np.log(0.5), o[0] @ n[0] - np.log(0.125), o[0] @ n[1] - np.log(0.25)]
@@ -126,9 +126,24 @@ def test_given_negatives_and_popularity_correction_change_the_loss():
 
 def test_learned_temperature_receives_a_gradient():
     config = tiny(learn_temperature=True)
-    params = init(jax.random.key(0), config)
-    grads = jax.jit(jax.grad(lambda p: lum_jax.loss(p, packed([[[5, 9, 2]]], 3), config)[0]))(params)
-    assert float(jnp.abs(grads["net"]["log_temperature"])) > 0
+    made = jax.eval_shape(lambda key: lum_jax.init(key, config), jax.random.key(0))["net"]
+    assert made["log_temperature"].shape == ()
+    rng = np.random.default_rng(0)
+    output = model.Output(*rng.standard_normal((2, 1, 3, 16)).astype(np.float32))
+
+    def value(net):
+        return lum_jax.objective({"net": net}, output, packed([[[5, 9, 2]]], 3), config)[0]
+
+    at = jnp.float32(np.log(0.3))
+    loss, slope = jax.jit(jax.value_and_grad(value))({"log_temperature": at})
+    fixed = objective({"net": {}}, output, packed([[[5, 9, 2]]], 3), tiny(temperature=0.3))[0]
+    np.testing.assert_allclose(loss, fixed, rtol=1e-5)
+    step = 1e-2
+    around = [
+        objective({"net": {}}, output, packed([[[5, 9, 2]]], 3), tiny(temperature=float(np.exp(at + d))))[0]
+        for d in (-step, step)
+    ]
+    np.testing.assert_allclose(slope["log_temperature"], (around[1] - around[0]) / (2 * step), rtol=1e-2)
 
 
 @pytest.mark.parametrize("size", lum_jax.SIZES)

@@ -24,10 +24,10 @@ def questions(rows=QUESTIONS, limit=None) -> lum_jax.Queries:
 
 def one_by_one(params, config, items: list[int], category: int, domain: int):
     """A separate pass: the condition token of one more event behind the prefix."""
-    batch = packed([[[*items, 1]]], len(items) + 1)
+    last, batch = len(items), packed([[[*items, 1]]], 6)  # one shape, compiled once
     condition = {name: np.array(value) for name, value in batch.condition.items()}
-    condition["category"][0, -1], condition["domain"][0, -1] = category, domain
-    return apply(params, batch.replace(condition=condition), config).outputs[0, -1]
+    condition["category"][0, last], condition["domain"][0, last] = category, domain
+    return apply(params, batch.replace(condition=condition), config).outputs[0, last]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_questions_of_padding_are_zero_and_unconditional_models_refuse(trained):
     assert (np.asarray(answers[0]) == 0).all() and np.abs(answers[1]).max() > 0
     plain = tiny(condition_tokens=False)
     with pytest.raises(ValueError, match="condition_tokens=False"):
-        lum_jax.query(init(jax.random.key(0), plain), packed([USERS], 8), questions(), plain)
+        lum_jax.query(params, packed([USERS], 8), questions(), plain)
 
 
 def grid(rows) -> dict:
