@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from experiments import quickstart, results
-from experiments.__main__ import main
+from experiments.__main__ import COMMANDS, main
+from rec_core.checkpoint import CheckpointError
+from rec_core.training import DivergedError
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = ("--columns", "user=who", "item=what", "time=when")
@@ -45,6 +47,11 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def prepare(file: Path, out: Path, *options: str, columns: tuple[str, ...] = COLUMNS) -> list[str]:
     return ["prepare", "--data", "table", "--data-dir", str(file), "--prepared", str(out), *columns, *options]
+
+
+def noted(error: Exception, note: str) -> Exception:
+    error.add_note(note)
+    return error
 
 
 GOOD = "10,ann,hat,x"
@@ -172,6 +179,29 @@ def test_a_full_disk_is_named_and_leaves_what_was_there(
     assert str(tmp_path / "out") in message and "bytes are needed" in message
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["log"]
     assert (tmp_path / "out" / "log" / "meta.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("error", "lines"),
+    [
+        (DivergedError(3, float("nan"), 2.0, "runs/lum (step 3)"), ["error: .* diverged at step 3: loss nan, .*"]),
+        (noted(ValueError("item[2] is 99: must be in [0, 64)"), "in the batch of step 7"),
+         [r"error: item\[2\] is 99: .*", "  in the batch of step 7"]),
+        (CheckpointError("runs/lum/4 is of another configuration: config.width: 8 in the checkpoint, 4 now"),
+         ["error: .*config.width: 8 in the checkpoint, 4 now"]),
+    ],
+    ids=["diverged", "bad batch", "another configuration"],
+)  # fmt: skip
+def test_what_ends_a_training_ends_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, lines: list[str]
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "compare", (COMMANDS["compare"][0], fail))
+    assert main(["compare", "a.json", "b.json"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(lines) and all(re.fullmatch(want, line) for want, line in zip(lines, said)), said
 
 
 class Page(HTMLParser):
