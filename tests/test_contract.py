@@ -47,7 +47,8 @@ def discover(packages: tuple[str, ...]) -> list[types.ModuleType]:
 
 MODELS = discover(PACKAGES)
 TOY: Any = toy_model  # holds the suite itself to something that is small and has every trait
-each_model = pytest.mark.parametrize("model", [TOY, *MODELS], ids=lambda model: model.__name__)
+# By module scope: all tests of a model stand together, so two workers seldom compute the same case.
+each_model = pytest.mark.parametrize("model", [TOY, *MODELS], ids=lambda model: model.__name__, scope="module")
 
 
 @dataclasses.dataclass(frozen=True)
