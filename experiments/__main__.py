@@ -8,7 +8,7 @@ from typing import Any
 
 import tyro
 
-from experiments import data_bench, progress, quickstart, readme, results
+from experiments import attention_bench, attention_tune, data_bench, progress, quickstart, readme, results
 from experiments.datasets import Data, load
 
 
@@ -34,6 +34,8 @@ class Readme:
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "quickstart": (quickstart.Quickstart, quickstart.run),
+    "attention-bench": (attention_bench.AttentionBench, attention_bench.run),
+    "attention-tune": (attention_tune.AttentionTune, attention_tune.run),
     "data-bench": (data_bench.DataBench, data_bench.run),
     "prepare": (Prepare, lambda config: load(config.data)),
     "readme": (Readme, lambda config: readme.update()),

@@ -23,6 +23,7 @@ OWNERS = {
     "redis": {"rec_core/store.py"},
     "polars": {"rec_core/data/readers.py", "rec_core/data/tables.py"},
     "matplotlib": {"experiments/figures.py"},
+    "torch": {"experiments/attention_torch.py"},
     "tyro": {"experiments/__main__.py"},
 }
 

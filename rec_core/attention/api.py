@@ -6,11 +6,15 @@ rows, grouped queries, queries against a cached prefix, and (without the self te
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from rec_core.attention import mosaic_gpu, mosaic_tpu
 from rec_core.attention.ranges import ranges_from_segments
 from rec_core.attention.reference import range_attention_reference
 from rec_core.attention.xla import range_attention_xla
@@ -33,14 +37,23 @@ class Call:
 
 @dataclass(frozen=True)
 class Implementation:
-    """``supports(call)`` is None or the reason why not; ``function`` has the signature of the reference."""
+    """``supports(call)`` is None or the reason why not; ``function`` has the signature of the reference.
+
+    ``opaque``: the compiler cannot split it over a mesh, so it runs on each device's examples and heads.
+    """
 
     supports: Callable[[Call], str | None]
     function: Callable[..., tuple[Array, Array]]
+    opaque: bool = False
 
 
 # In the order in which `implementation=None` tries them; kernels for one device stand before "xla".
 IMPLEMENTATIONS: dict[str, Implementation] = {
+    "mosaic_gpu": Implementation(mosaic_gpu.supports, mosaic_gpu.range_attention_mosaic_gpu, opaque=True),
+    "mosaic_gpu_deterministic": Implementation(
+        mosaic_gpu.supports, mosaic_gpu.range_attention_mosaic_gpu_deterministic, opaque=True
+    ),
+    "mosaic_tpu": Implementation(mosaic_tpu.supports, mosaic_tpu.range_attention_tpu, opaque=True),
     "xla": Implementation(lambda call: None, range_attention_xla),
     "reference": Implementation(lambda call: None, range_attention_reference),
 }
@@ -49,9 +62,10 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 def choose(call: Call, name: str | None = None) -> str:
     """The implementation that serves ``call``.
 
-    The rule for ``name=None``: the first of ``IMPLEMENTATIONS`` that supports the call. "xla" takes every call, and
-    was at least as fast as "reference" at every shape measured, the smallest included, so "reference" only runs when
-    it is named.
+    The rule for ``name=None``: the first of ``IMPLEMENTATIONS`` that supports the call: the kernel of the device if
+    there is one for its shapes and dtype, then "xla", which takes every call. "reference" only runs when it is named:
+    "xla" was at least as fast at every shape measured, the smallest included. So does "mosaic_gpu_deterministic", whose
+    gradients are equal bits for equal inputs; those of "mosaic_gpu" at head width 64 are summed in no fixed order.
 
     Raises:
       ValueError: an unknown name, or a named implementation that cannot serve, with its reason.
@@ -122,7 +136,8 @@ def range_attention(
         implementation,
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = IMPLEMENTATIONS[name].function(q, k, v, k_start, k_end, k_self, v_self, scale=scale)
+    call = _on_each_device if IMPLEMENTATIONS[name].opaque else _directly
+    out, lse = call(IMPLEMENTATIONS[name].function, q, k, v, k_start, k_end, k_self, v_self, scale=scale)
     return (out, lse) if return_lse else out
 
 
@@ -166,6 +181,49 @@ def merge(
     share1, share2 = (jnp.swapaxes(w / total, 1, 2)[..., None] for w in (weight1, weight2))
     out = (out1 * share1 + out2 * share2).astype(out1.dtype)
     return out, jnp.where(some, top + jnp.log(total), -jnp.inf)
+
+
+def _directly(function: Callable[..., tuple[Array, Array]], *arrays: Any, scale: float) -> tuple[Array, Array]:
+    return function(*arrays, scale=scale)
+
+
+def _on_each_device(
+    function: Callable[..., tuple[Array, Array]],
+    q: Array,
+    k: Array,
+    v: Array,
+    k_start: Array,
+    k_end: Array,
+    k_self: Array | None,
+    v_self: Array | None,
+    *,
+    scale: float,
+) -> tuple[Array, Array]:
+    """``function`` on the examples and heads of each device of the mesh that is set, if one is.
+
+    Examples are split over the mesh's axis "data" and key heads, with their query heads, over "model", each where it
+    divides them; else every device of that axis does the work of all.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto}
+    if all(mesh.shape[name] == 1 for name in axes):
+        return function(q, k, v, k_start, k_end, k_self, v_self, scale=scale)
+    data = "data" if "data" in axes and q.shape[0] % mesh.shape["data"] == 0 else None
+    model = "model" if "model" in axes and k.shape[2] % mesh.shape["model"] == 0 else None
+    by_head, by_row = P(data, None, model, None), P(data, None)
+    same = k_self is k and v_self is v  # which an implementation may look at
+    own = () if k_self is None or same else (k_self, v_self)
+
+    def local(q: Array, k: Array, v: Array, k_start: Array, k_end: Array, *own: Array) -> tuple[Array, Array]:
+        return function(q, k, v, k_start, k_end, *((k, v) if same else own or (None, None)), scale=scale)
+
+    return jax.shard_map(
+        local,
+        axis_names=axes,
+        in_specs=(by_head, by_head, by_head, by_row, by_row) + (by_head,) * len(own),
+        out_specs=(by_head, P(data, model, None)),
+        check_vma=False,
+    )(q, k, v, k_start, k_end, *own)
 
 
 def _check(

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
+
+from rec_core.interest.base import Behaviors, Interest, masked_softmax
 
 
 class Dice(nn.Module):
@@ -24,7 +25,7 @@ class Dice(nn.Module):
         return p * s + (1 - p) * alpha * s
 
 
-class DIN(nn.Module):
+class DIN(Interest):
     """`v = sum_t a(e_t, target) e_t` (equation 3), `d_out = d`.
 
     a is an MLP on `[q, k, q - k, q * k]` with Dice. The paper's sum is not normalised, so that its length tells how
@@ -33,19 +34,10 @@ class DIN(nn.Module):
 
     hidden: Sequence[int] = (80, 40)
     softmax: bool = False
-    dtype: str = "float32"
 
     @nn.compact
-    def __call__(
-        self,
-        target: Float[Array, "B d"] | Float[Array, "B T d"],
-        sequence: Float[Array, "B T d"],
-        mask: Bool[Array, "B T"],
-        *,
-        time: Float[Array, "B T"] | None = None,
-    ) -> Float[Array, "B d"]:
-        mask = mask.astype(bool)
-        sequence = jnp.where(mask[..., None], sequence, 0).astype(self.dtype)
+    def read(self, encoded: Behaviors, target: Float[Array, "B d"] | Float[Array, "B T d"]) -> Float[Array, "B d"]:
+        sequence, mask = encoded
         target = target.astype(self.dtype)
         query = target if target.ndim == sequence.ndim else target[..., None, :]
 
@@ -55,8 +47,7 @@ class DIN(nn.Module):
         score = nn.Dense(1, dtype=self.dtype, name="score")(hidden)[..., 0].astype(jnp.float32)
 
         if self.softmax:
-            # A finite floor, so that a row of padding only has a defined softmax before it is masked to zeros.
-            score = jax.nn.softmax(jnp.where(mask, score, jnp.finfo(jnp.float32).min), axis=-1)
+            score = masked_softmax(score, mask)
         weight = jnp.where(mask, score, 0).astype(self.dtype)
         total = jnp.einsum("...t,...td->...d", weight, sequence, preferred_element_type=jnp.float32)
         return total.astype(self.dtype)

@@ -1,3 +1,5 @@
+"""What holds for every interest module: the face, padding, order, gradients, candidates."""
+
 import functools
 import inspect
 
@@ -6,132 +8,180 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rec_core.interest import DIN, INTEREST
+from rec_core.interest import INTEREST, Average, Interest, candidates
 
-B, T, D = 4, 5, 3
+B, T, D, C = 4, 5, 3, 3
+LENGTHS = np.array([5, 2, 0, 1])
+NAMES = sorted(INTEREST)
+ORDERED = {"dien", "mimn"}
+OPTIONS = {
+    "din": {"hidden": (6, 4)},
+    "mimn": {"hidden": (6, 4), "units": 5},
+    "can": {"hidden": (4, 2)},
+    "sdim": {"bits": 1},  # so that each behaviour shares the target's bucket in some round
+}
 
 
 def data(seed=0):
     draw = np.random.default_rng(seed)
     target, sequence = draw.normal(size=(B, D)).astype(np.float32), draw.normal(size=(B, T, D)).astype(np.float32)
-    mask = np.arange(T) < np.array([5, 2, 0, 1])[:, None]
-    time = draw.exponential(1e4, (B, T)).astype(np.float32)
-    return target, sequence, mask, time
-
-
-def perturbed(params, seed=1):
-    """Parameters of which none is zero, so that a test sees every one of them."""
-    leaves, tree = jax.tree.flatten(params)
-    draw = np.random.default_rng(seed)
-    return jax.tree.unflatten(tree, [x + 0.3 * draw.normal(size=x.shape).astype(np.float32) for x in leaves])
+    return target, sequence, np.arange(T) < LENGTHS[:, None], draw.exponential(1e5, (B, T)).astype(np.float32)
 
 
 @functools.cache
-def build(name, **options):
-    module = INTEREST[name](**options)
+def build(name):
+    """A member, parameters of which none is zero so that a test sees every one of them, and its compiled call."""
+    module = INTEREST[name](**OPTIONS.get(name, {}))
     target, sequence, mask, time = data()
-    return module, perturbed(jax.jit(module.init)(jax.random.key(0), target, sequence, mask, time=time))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), target, sequence, mask, time=time)
+    leaves, tree = jax.tree.flatten(shapes)
+    draw = np.random.default_rng(1)
+    params = jax.tree.unflatten(tree, [0.5 * draw.normal(size=x.shape).astype(np.float32) for x in leaves])
+    return module, params, jax.jit(lambda *arrays: module.apply(params, *arrays[:3], time=arrays[3]))
 
 
-def dice(s, alpha):
-    centered = s - s.mean(-1, keepdims=True)
-    p = 1 / (1 + np.exp(-centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-6)))
-    return p * s + (1 - p) * alpha * s
-
-
-def numpy_din(params, target, sequence, mask, softmax):
-    """The paper's unit on the concatenation, one behaviour at a time."""
-    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params["params"])
-    out = np.zeros((B, D))
-    for b in range(B):
-        scores = []
-        for t in range(T):
-            q, k = (target[b] if target.ndim == 2 else target[b, t]), sequence[b, t]
-            x = np.concatenate([q, k, q - k, q * k]).astype(np.float64)
-            x = dice(x @ p["kernel_0"] + p["bias_0"], p["dice_0"]["alpha"])
-            x = dice(x @ p["dense_1"]["kernel"] + p["dense_1"]["bias"], p["dice_1"]["alpha"])
-            scores.append((x @ p["score"]["kernel"] + p["score"]["bias"])[0])
-        present = np.flatnonzero(mask[b])
-        if softmax:
-            scores = np.where(mask[b], np.exp(scores), 0) / max(np.exp(np.array(scores)[present]).sum(), 1e-9)
-        for t in present:
-            out[b] += scores[t] * sequence[b, t]
-    return out
-
-
-@pytest.mark.portable
-@pytest.mark.parametrize("softmax", [False, True])
-@pytest.mark.parametrize("per_item", [False, True])
-def test_din_is_the_papers_equation(softmax, per_item):
-    module, params = build("din", hidden=(6, 4), softmax=softmax)
-    target, sequence, mask, _ = data()
-    if per_item:
-        target = np.random.default_rng(5).normal(size=(B, T, D)).astype(np.float32)
-    out = jax.jit(module.apply)(params, target, sequence, mask)
-    np.testing.assert_allclose(out, numpy_din(params, target, sequence, mask, softmax), rtol=2e-5, atol=1e-6)
-
-
-def test_din_by_hand():
-    """One unit that passes q * k on. Dice standardises a single unit to 0: p = 1/2 and, alpha being 0, f(s) = s / 2."""
-    params = {
-        "params": DIN(hidden=(1,)).init(jax.random.key(0), *(jnp.zeros(s) for s in ((1, 1), (1, 2, 1), (1, 2))))[
-            "params"
-        ]
-    }
-    kernel = jnp.array([[0.0], [0.0], [0.0], [1.0]])
-    score = {"kernel": jnp.array([[1.0]]), "bias": jnp.array([0.25])}
-    params = {"params": params["params"] | {"kernel_0": kernel, "score": score}}
-    out = DIN(hidden=(1,)).apply(params, jnp.array([[3.0]]), jnp.array([[[2.0], [-1.0]]]), jnp.ones((1, 2), bool))
-    assert out[0, 0] == (6 / 2 + 0.25) * 2 + (-3 / 2 + 0.25) * -1
-
-
-def test_average_by_hand():
-    module, params = build("average")
-    target, sequence, mask, _ = data()
-    expected = [sequence[0].mean(0), sequence[1, :2].mean(0), np.zeros(D), sequence[3, 0]]
-    np.testing.assert_allclose(module.apply(params, target, sequence, mask), expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("name", sorted(INTEREST))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_member_has_the_face(name):
     assert list(inspect.signature(INTEREST[name].__call__).parameters)[1:5] == ["target", "sequence", "mask", "time"]
-    module, params = build(name)
+    _, _, run = build(name)
     target, sequence, mask, time = data()
-    run = jax.jit(lambda *a: module.apply(params, *a, time=time))
-    out = run(target, sequence, mask)
-    assert out.shape[0] == B and out.ndim == 2 and np.abs(out[0]).max() > 0
+    out = run(target, sequence, mask, time)
+    assert out.shape[0] == B and out.ndim == 2 and out.dtype == jnp.float32 and np.abs(out[0]).max() > 0
     np.testing.assert_array_equal(out[2], 0)  # padding only
-    # One query per item, all the same, is the shared query.
-    repeated = np.repeat(target[:, None], T, axis=1)
-    np.testing.assert_allclose(run(repeated, sequence, mask), out, rtol=1e-5, atol=1e-6)
-    # What stands at padding does not matter, NaN included.
-    spoilt = np.where(mask[..., None], sequence, np.nan).astype(np.float32)
-    np.testing.assert_array_equal(run(target, spoilt, mask), out)
+    # One query per item, all the same, is the shared query, whatever stands at padding.
+    repeated = np.where(mask[..., None], target[:, None], np.nan).astype(np.float32)
+    np.testing.assert_allclose(run(repeated, sequence, mask, time), out, rtol=1e-5, atol=1e-6)
     # An example does not depend on the others.
-    np.testing.assert_allclose(run(target[::-1], sequence[::-1], mask[::-1])[::-1], out, rtol=1e-5, atol=1e-6)
+    flipped = run(target[::-1], sequence[::-1], mask[::-1], time[::-1])[::-1]
+    np.testing.assert_allclose(flipped, out, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(INTEREST))
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_changes_nothing_wherever_it_stands(name):
+    _, _, run = build(name)
+    target, sequence, mask, time = data()
+    out = run(target, sequence, mask, time)
+    spoilt = [np.where(m, x, np.nan).astype(np.float32) for m, x in ((mask[..., None], sequence), (mask, time))]
+    np.testing.assert_array_equal(run(target, spoilt[0], mask, spoilt[1]), out)
+    # The two behaviours of row 1 and the one of row 3 moved apart, their order kept.
+    slots = np.array([[0, 1, 2, 3, 4], [2, 0, 3, 1, 4], [0, 1, 2, 3, 4], [1, 2, 3, 0, 4]])
+    moved = [np.take_along_axis(x, slots.reshape(B, T, *[1] * (x.ndim - 2)), axis=1) for x in (sequence, mask, time)]
+    np.testing.assert_array_equal(np.flatnonzero(moved[1][1]), [1, 3])
+    np.testing.assert_allclose(run(target, *moved), out, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_the_recurrent_members_see_order_and_only_twin_sees_time(name):
+    _, _, run = build(name)
+    target, sequence, mask, time = data()
+    out = np.asarray(run(target, sequence, mask, time))
+    reversed_ = run(target, *(x[:, ::-1] for x in (sequence, mask, time)))
+    older = run(target, sequence, mask, 100 * time)
+    for other, seen in ((reversed_, name in ORDERED), (older, name == "twin")):
+        if seen:
+            assert np.abs(other - out)[:2].max() > 1e-3
+        else:
+            np.testing.assert_allclose(other, out, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_finite_and_zero_at_padding(name):
-    module, params = build(name)
+    module, params, _ = build(name)
     target, sequence, mask, time = data()
+    spoilt = np.where(mask[..., None], sequence, np.nan).astype(np.float32)
 
-    def loss(params, sequence):
-        return jnp.sum(module.apply(params, target, sequence, mask, time=time) ** 2)
+    def loss(params, target, sequence):
+        out = module.apply(params, target, sequence, mask, time=time)
+        # Unequal weights: the length of an SDIM answer, for one, may not depend on the behaviours.
+        return jnp.sum(out * jnp.arange(1, out.size + 1).reshape(out.shape))
 
-    of_params, of_sequence = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, sequence)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves((of_params, of_sequence)))
-    np.testing.assert_array_equal(np.asarray(of_sequence)[~mask], 0)
-    assert (np.abs(np.asarray(of_sequence)[mask]).max(-1) > 0).all()
+    of_params, of_target, of_sequence = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(params, target, spoilt)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((of_params, of_target, of_sequence)))
+    of_sequence = np.asarray(of_sequence)
+    np.testing.assert_array_equal(of_sequence[~mask], 0)
+    assert (np.abs(of_sequence[mask]).max(-1) > 0).all()
+    assert (np.abs(of_target[0]).max() > 0) == (name not in ("average", "sdim"))
 
 
-@pytest.mark.parametrize("name", sorted(INTEREST))
+@pytest.mark.parametrize("name", NAMES)
+def test_candidates_at_once_are_candidates_one_by_one(name):
+    module, params, run = build(name)
+    _, sequence, mask, time = data()
+    targets = np.random.default_rng(3).normal(size=(B, C, D)).astype(np.float32)
+    at_once = jax.jit(lambda *a: candidates(module, params, *a, time=time, chunk=2))(targets, sequence, mask)
+    one_by_one = np.stack([run(targets[:, c], sequence, mask, time) for c in range(C)], axis=1)
+    np.testing.assert_allclose(at_once, one_by_one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_computes_in_bfloat16_and_stays_close(name):
+    _, params, run = build(name)
     target, sequence, mask, time = data()
-    exact, params = build(name)
-    half = INTEREST[name](dtype="bfloat16")
+    half = INTEREST[name](**OPTIONS.get(name, {}), dtype="bfloat16")
     out = jax.jit(half.apply)(params, target, sequence, mask, time=time)
     assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(
-        out.astype(np.float32), jax.jit(exact.apply)(params, target, sequence, mask, time=time), atol=0.15
-    )
+    exact = np.asarray(run(target, sequence, mask, time))
+    np.testing.assert_allclose(out.astype(np.float32), exact, atol=0.03 * max(1.0, np.abs(exact).max()))
+
+
+def test_candidates_encode_the_sequence_once_and_take_a_query_per_item():
+    encoded = []
+
+    class Counted(Average):
+        def encode(self, *arrays, **options):
+            encoded.append(arrays)
+            return super().encode(*arrays, **options)
+
+        def read(self, encoded, target):
+            return super().read(encoded, target) * target.reshape(B, -1).sum(-1, keepdims=True)
+
+    _, sequence, mask, _ = data()
+    targets = np.arange(B * 7 * T * D).reshape(B, 7, T, D).astype(np.float32)
+    out = candidates(Counted(), {}, targets, sequence, mask, chunk=2)
+    assert len(encoded) == 1
+    mean = Average().apply({}, targets[:, 0, 0], sequence, mask)
+    np.testing.assert_allclose(out, mean[:, None] * targets.sum((2, 3))[..., None], rtol=1e-5)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    target, sequence, mask, time = data()
+
+    def call(**changed):
+        arrays = {"target": target, "sequence": sequence, "mask": mask, "time": time} | changed
+        return Average().apply({}, arrays["target"], arrays["sequence"], arrays["mask"], time=arrays["time"])
+
+    with pytest.raises(ValueError, match=r"target has shape \(4, 2, 3\).*candidates"):
+        call(target=np.zeros((B, 2, D)))
+    with pytest.raises(ValueError, match=r"mask has shape \(4, 4\), must be \(4, 5\)"):
+        call(mask=mask[:, 1:])
+    with pytest.raises(ValueError, match=r"time has shape \(4,\)"):
+        call(time=time[:, 0])
+    with pytest.raises(ValueError, match=r"sequence has shape \(4, 3\)"):
+        call(sequence=target)
+    with pytest.raises(ValueError, match=r"targets has shape \(4, 3\), must be \[B, C, d\]"):
+        candidates(Average(), {}, target, sequence, mask)
+    with pytest.raises(ValueError, match="chunk is 0"):
+        candidates(Average(), {}, target[:, None], sequence, mask, chunk=0)
+
+
+def test_options_out_of_range_are_named():
+    target, sequence, mask, _ = data()
+    for name, options, message in (
+        ("multi_head", {"heads": 0}, "MultiHead: heads is 0, must be at least 1"),
+        ("twin", {"top": 0}, "TWIN: top is 0"),
+        ("twin", {"cross": (2, 1)}, "cross is .*, 3 entries of a sequence of width 3"),
+        ("twin", {"ages": (2.0, 1.0)}, "ages is .* must be increasing"),
+        ("eta", {"bits": 0}, "ETA: bits is 0"),
+        ("sdim", {"bits": 17}, "SDIM: bits is 17, must be at most 16"),
+        ("can", {"hidden": (4, 0)}, "CAN: hidden is .*, must be at least 1"),
+        ("mimn", {"induction": 5}, "MIMN: induction is 5, must be from 0 to slots"),
+        ("mimn", {"slots": 2, "induction": 0}, "MIMN: slots is 2, must be at least 3, or balance=False"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(INTEREST[name](**options).init, jax.random.key(0), target, sequence, mask)
+
+
+def test_a_member_without_read_says_so():
+    with pytest.raises(NotImplementedError, match="Interest defines no read"):
+        Interest().apply({}, *data()[:3])
+    assert INTEREST["din"]().apply({}, None, method="auxiliary") == {}

@@ -212,7 +212,7 @@ def test_check_names_field_row_and_value(change, message):
     ("change", "message"),
     [
         ({"item_features": ()}, "item_features is empty"),
-        ({"interest": "dinn"}, r"interest is 'dinn', must be one of \['average', 'din'"),
+        ({"interest": "dinn"}, r"interest is 'dinn', must be one of \['average', '"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"tasks": 0}, "tasks is 0"),

@@ -1,0 +1,158 @@
+"""Block sizes of the GPU kernels: candidates for the tuner, and the reviewed table by device, pass, head width, length.
+
+`python -m experiments attention-tune` prints entries of ``TABLE``.
+"""
+
+from typing import Any, NamedTuple
+
+BLOCK_Q = 64  # rows of a warpgroup: what one wgmma takes
+CHUNK = 64  # columns of the output that are staged at a time
+ENTRIES = 32  # int32 that describe a tile of the forward pass: a cache line, as TMA wants it
+SHARED_MEMORY = 232_448  # bytes that a program may have
+NAMED_BARRIERS = 16
+
+
+class Forward(NamedTuple):
+    """Forward pass: a tile is ``groups`` warpgroups of 64 rows each.
+
+    Attributes:
+      block_k: keys of a block, a multiple of 64.
+      stages: blocks of keys, and of values, in shared memory.
+      groups: warpgroups that compute, 1 to 3; one more moves data.
+      q_stages: tiles of queries in shared memory; 2 load the next tile during this one.
+      split_loop: blocks before, in and after the run that needs no mask in three loops; False is one loop in which
+        every block asks whether it needs the mask.
+    """
+
+    block_k: int = 128
+    stages: int = 2
+    groups: int = 2
+    q_stages: int = 2
+    split_loop: bool = False
+
+
+class Backward(NamedTuple):
+    """Backward pass: tiles of ``rows_groups`` and ``keys_groups`` warpgroups of 64 rows or keys each.
+
+    Attributes:
+      one_pass: dq is summed on the way of dk and dv, in no fixed order; else it is a kernel of its own, and equal
+        inputs give equal bits. Head widths above 128 always take the latter.
+      keys_groups, keys_stages: warpgroups of the kernel that walks by keys, and its blocks of 64 rows in shared memory.
+      rows_block_k, rows_groups, rows_stages: keys of a block, warpgroups and blocks of the kernel that makes dq alone.
+    """
+
+    one_pass: bool = False
+    keys_groups: int = 2
+    keys_stages: int = 2
+    rows_block_k: int = 64
+    rows_groups: int = 2
+    rows_stages: int = 2
+
+
+FORWARD_CANDIDATES: dict[int, tuple[Forward, ...]] = {
+    64: (
+        Forward(groups=3, split_loop=True),
+        Forward(groups=3),
+        Forward(groups=3, q_stages=1, split_loop=True),
+        Forward(groups=3, block_k=64, stages=3, split_loop=True),
+        Forward(),
+        Forward(split_loop=True),
+        Forward(stages=3),
+        Forward(groups=1),
+    ),
+    128: (
+        Forward(),
+        Forward(split_loop=True),
+        Forward(q_stages=1),
+        Forward(block_k=64, stages=4),
+        Forward(groups=1),
+        Forward(groups=1, stages=3, q_stages=1),
+    ),
+    256: (
+        Forward(block_k=64, q_stages=1),
+        Forward(block_k=64, q_stages=1, split_loop=True),
+        Forward(block_k=64, groups=1),
+    ),
+}
+BACKWARD_CANDIDATES: dict[int, tuple[Backward, ...]] = {
+    64: (
+        Backward(one_pass=True),
+        Backward(one_pass=True, keys_stages=3),
+        Backward(),
+        Backward(rows_groups=3, keys_groups=3),
+        Backward(rows_block_k=128),
+    ),
+    128: (Backward(), Backward(one_pass=True), Backward(keys_stages=3, rows_stages=3)),
+    256: (Backward(keys_stages=1, rows_stages=1),),
+}
+
+# (device, pass, head width) -> (longest length, blocks) by rising length; what is longer takes the last entry.
+# A device is found by the start of its name. Rows that do not fill the tile of three warpgroups get one of two.
+TABLE: dict[tuple[str, str, int], tuple[tuple[int, Any], ...]] = {
+    ("NVIDIA H100", "forward", 64): ((128, Forward()), (32768, Forward(groups=3, split_loop=True))),
+    ("NVIDIA H100", "forward", 128): ((32768, Forward()),),
+    ("NVIDIA H100", "forward", 256): ((32768, Forward(block_k=64, q_stages=1)),),
+    ("NVIDIA H100", "backward", 64): ((32768, Backward(one_pass=True)),),
+    ("NVIDIA H100", "backward", 128): ((32768, Backward()),),
+    ("NVIDIA H100", "backward", 256): ((32768, Backward(keys_stages=1, rows_stages=1)),),
+}
+DEFAULT_DEVICE = "NVIDIA H100"  # whose entries serve other devices of its architecture
+
+
+def forward_blocks(device: str, head_width: int, rows: int) -> Forward:
+    """Blocks of the forward pass for ``rows`` queries an example; ``device`` is JAX's ``device_kind``."""
+    return _look_up(device, "forward", head_width, rows)
+
+
+def backward_blocks(device: str, head_width: int, rows: int) -> Backward:
+    """Blocks of the backward pass for ``rows`` queries an example; ``device`` is JAX's ``device_kind``."""
+    return _look_up(device, "backward", head_width, rows)
+
+
+def _look_up(device: str, which: str, head_width: int, length: int) -> Any:
+    names = sorted({name for name, *_ in TABLE if device.startswith(name)}, key=len, reverse=True)
+    for name in (*names, DEFAULT_DEVICE):
+        entries = TABLE.get((name, which, head_width))
+        if entries:
+            return next((blocks for longest, blocks in entries if length <= longest), entries[-1][1])
+    raise ValueError(
+        f"no {which} blocks for head width {head_width} on {device!r}; there are blocks for head widths "
+        f"{sorted({width for _, one, width in TABLE if one == which})}: add an entry to TABLE in "
+        "rec_core/attention/blocks.py"
+    )
+
+
+def barrier_ids(blocks: Forward) -> dict[str, int]:
+    """The first named barrier of each kind; 0 is the program's and 1 .. groups + 1 are the warpgroups' own."""
+    ids, place = {}, blocks.groups + 2
+    for kind, number in (("q", blocks.q_stages), ("turn", blocks.groups), ("k", blocks.stages), ("v", blocks.stages)):
+        ids[kind] = place
+        place += number
+    return ids | {"end": place}
+
+
+def shared_memory(blocks: Forward, head_width: int) -> int:
+    """Bytes of shared memory for operands of two bytes; a buffer begins at a multiple of 1,024, barriers take two."""
+    tile = BLOCK_Q * blocks.groups
+    keys = blocks.stages * blocks.block_k * head_width * 2
+    ranges = blocks.q_stages * tile * 4
+    buffers = [blocks.q_stages * tile * head_width * 2, tile * CHUNK * 2, keys, keys]
+    buffers += [tile * 4, blocks.q_stages * ENTRIES * 4, ranges, ranges]
+    return sum(-(-size // 1024) * 1024 for size in buffers) + 2048
+
+
+def check_forward(blocks: Forward, head_width: int) -> None:
+    """Raises ValueError for blocks that the forward kernel cannot have, with the reason."""
+    if not 1 <= blocks.groups <= 3 or blocks.block_k not in (64, 128, 192, 256):
+        raise ValueError(f"{blocks}: groups is 1 to 3, block_k one of 64, 128, 192, 256")
+    if min(blocks.stages, blocks.q_stages) < 1 or barrier_ids(blocks)["end"] > NAMED_BARRIERS:
+        raise ValueError(
+            f"{blocks}: stages and q_stages are 1 or more, and groups + q_stages + 2 stages at most "
+            f"{NAMED_BARRIERS - 2 - blocks.groups}, as there are {NAMED_BARRIERS} named barriers"
+        )
+    needed = shared_memory(blocks, head_width)
+    if needed > SHARED_MEMORY:
+        raise ValueError(
+            f"{blocks} at head width {head_width} needs {needed} bytes of shared memory, of which there are "
+            f"{SHARED_MEMORY}: give fewer stages or a smaller block_k"
+        )

@@ -1,0 +1,240 @@
+"""Range attention on Hopper GPUs: which calls the kernels serve, how the work of few queries is split, gradients.
+
+A call with fewer items (tile of rows, head) than the device has multiprocessors, as queries against a cached prefix
+have, is split: the keys of each tile are cut in parts, the kernel gives output and log-sum-exp of each part, and one
+expression joins them and the rows' own keys. Nothing is copied for it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from rec_core.attention.blocks import BLOCK_Q, Backward, Forward, backward_blocks, check_forward, forward_blocks
+from rec_core.attention.xla import _same_varying
+
+if TYPE_CHECKING:
+    from rec_core.attention.api import Call
+
+DTYPES = ("bfloat16", "float16")
+WIDTHS = (64, 128, 256)
+CAPABILITY = "9.0"  # of Hopper: the kernels use its instructions
+PROGRAMS = 132  # multiprocessors of an H100 SXM, for lowering without a device
+PART = 512  # keys that a part of a split call has at least
+
+
+def supports(call: "Call") -> str | None:
+    """None, or the reason why these kernels cannot serve the call."""
+    if call.platform != "gpu":
+        return f"it runs on NVIDIA GPUs, and the default backend is {call.platform}"
+    if (reason := _refused(call.dtype, call.head_width)) is not None:
+        return reason
+    if call.rows < 1 or call.keys < 1:
+        return f"{call.rows} rows and {call.keys} keys: it takes 1 or more of each"
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    if capability != CAPABILITY:
+        return f"it runs on compute capability {CAPABILITY} (Hopper), and {device.device_kind} has {capability}"
+    return None
+
+
+def _refused(dtype: str, width: int) -> str | None:
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is not one of {', '.join(DTYPES)}"
+    if width not in WIDTHS:
+        return f"head width {width} is not one of {', '.join(map(str, WIDTHS))}"
+    return None
+
+
+def range_attention_mosaic_gpu(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    k_start: Int[Array, "B T"],
+    k_end: Int[Array, "B T"],
+    k_self: Float[Array, "B T K D"] | None,
+    v_self: Float[Array, "B T K D"] | None,
+    *,
+    scale: float,
+    forward: Forward | None = None,
+    backward: Backward | None = None,
+    splits: int | None = None,
+    programs: int | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
+    """The same function as ``range_attention_reference``, differentiable once in q, k, v, k_self and v_self.
+
+    Softmax statistics and accumulators are float32; matrix products take their operands, the weights among them, in
+    the dtype of the inputs. Any T and S, zero included. Where ``k_self is k`` and ``v_self is v`` the rows' own keys
+    are read with their blocks of k; a row whose range holds itself, which it must not, then counts itself once.
+
+    Args:
+      forward, backward: blocks of the two passes; from the table of this device when None.
+      splits: parts in which the keys of each tile are cut; chosen by ``split_number`` when None.
+      programs: size of the grid; the multiprocessors of the device when None.
+      interpret: for machines without a GPU, inside ``plgpu.force_gpu_interpret_mode``.
+
+    Raises:
+      ValueError: a dtype, head width or blocks that the kernels do not have.
+    """
+    batch, rows, heads, width = q.shape
+    if (reason := _refused(str(q.dtype), width)) is not None:
+        raise ValueError(f"q of shape {q.shape} cannot go to the GPU kernels: {reason}")
+    if q.size == 0:
+        return q, jnp.zeros((batch, heads, rows), jnp.float32)
+    own = "none" if k_self is None else "same" if k_self is k and v_self is v else "separate"
+    if k.shape[1] == 0:  # a key that no range holds: TMA knows no empty arrays
+        k = v = jnp.zeros((batch, 1, *k.shape[2:]), k.dtype)
+        k_end = jnp.zeros_like(k_end)
+    if scale <= 0:
+        q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
+    device = jax.devices()[0]
+    programs = programs or (device.core_count if device.platform == "gpu" else PROGRAMS)
+    forward = forward or forward_blocks(device.device_kind, width, rows)
+    check_forward(forward, width)
+    static = _Static(
+        scale,
+        forward,
+        backward or backward_blocks(device.device_kind, width, rows),
+        splits or split_number(batch * heads * -(-rows // (BLOCK_Q * forward.groups)), k.shape[1], programs),
+        own,
+        programs,
+        interpret,
+    )
+    own_arrays = (k_self, v_self) if own == "separate" else (None, None)
+    return _attend(static, *_same_varying((q, k, v, *own_arrays, k_start, k_end)))
+
+
+def range_attention_mosaic_gpu_deterministic(
+    q: Float[Array, "B T H D"], *arrays: Any, backward: Backward | None = None, **options: Any
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
+    """``range_attention_mosaic_gpu`` whose gradients have one writer each: equal inputs give equal bits."""
+    blocks = backward or backward_blocks(jax.devices()[0].device_kind, q.shape[-1], q.shape[1])
+    return range_attention_mosaic_gpu(q, *arrays, backward=blocks._replace(one_pass=False), **options)
+
+
+def split_number(items: int, keys: int, programs: int) -> int:
+    """Parts in which to cut the keys: the largest power of two with no more items than programs and parts of PART keys.
+
+    1 where there are more than half as many items as programs.
+    """
+    splits = 1
+    while 2 * splits * items <= programs and 2 * splits * PART <= keys:
+        splits *= 2
+    return splits
+
+
+class _Static(NamedTuple):
+    scale: float
+    forward: Forward
+    backward: Backward
+    splits: int
+    own: str
+    programs: int
+    interpret: bool
+
+
+def _forward(
+    static: _Static, q: Array, k: Array, v: Array, k_self: Any, v_self: Any, start: Array, end: Array
+) -> tuple[Array, Array]:
+    # What the kernel imports of JAX is experimental: a machine that does not run it must not need it.
+    from rec_core.attention import mosaic_gpu_forward as kernel
+
+    split = static.splits > 1
+    own = "none" if split else static.own
+    items = q.shape[0] * static.splits * q.shape[2] * -(-q.shape[1] // (BLOCK_Q * static.forward.groups))
+    planned = kernel.plan(
+        start, end, k.shape[1], static.forward, own, splits=static.splits, ordered=items > static.programs
+    )
+    out, lse = kernel.forward(
+        q,
+        k,
+        v,
+        None if split else k_self,
+        None if split else v_self,
+        planned,
+        scale=static.scale,
+        blocks=static.forward,
+        own=own,
+        programs=static.programs,
+        interpret=static.interpret,
+    )
+    if not split:
+        return out, lse
+    return _join(static, out, lse, q, *((k, v) if static.own == "same" else (k_self, v_self)))
+
+
+def _join(static: _Static, out: Array, lse: Array, q: Array, k_self: Any, v_self: Any) -> tuple[Array, Array]:
+    """Parts [B * splits, ...] and the rows' own keys, weighted by their log-sum-exp; float32 inside."""
+    outs, lses = (jnp.moveaxis(x.reshape(-1, static.splits, *x.shape[1:]), 1, 0) for x in (out, lse))
+    parts = [(part.astype(jnp.float32), jnp.swapaxes(own, 1, 2)) for part, own in zip(outs, lses)]
+    if k_self is not None:
+        group = q.shape[2] // k_self.shape[2]
+        key, value = (jnp.repeat(x, group, axis=2).astype(jnp.float32) for x in (k_self, v_self))
+        parts.append((value, jnp.sum(q.astype(jnp.float32) * key, axis=-1) * static.scale))
+    top = functools.reduce(jnp.maximum, [logit for _, logit in parts])  # [B, T, H]
+    some = top > -jnp.inf
+    top = jnp.where(some, top, 0.0)
+    weights = [jnp.exp(logit - top) for _, logit in parts]
+    total = jnp.where(some, sum(weights), 1.0)
+    joined = sum(part * (weight / total)[..., None] for (part, _), weight in zip(parts, weights))
+    return jnp.asarray(joined, q.dtype), jnp.swapaxes(jnp.where(some, top + jnp.log(total), -jnp.inf), 1, 2)
+
+
+def _any_batch(function: Callable[..., Any], *arrays: Any) -> Any:
+    """``function(*arrays)``; under vmap the mapped axis joins the examples, for which the kernels have no rule."""
+
+    @jax.custom_batching.custom_vmap
+    def call(*arrays: Any) -> Any:
+        # Inside shard_map all inputs vary over the same mesh axes; kernels do not say that their outputs do.
+        axes = jax.typeof(arrays[0]).manual_axis_type.varying
+
+        def vary(x: Array) -> Array:
+            missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+            return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+        return jax.tree.map(vary, function(*arrays))
+
+    @call.def_vmap
+    def _(size: int, mapped: Any, *arrays: Any) -> Any:
+        def join(x: Array, is_mapped: bool) -> Array:
+            x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        made = _any_batch(function, *jax.tree.map(join, arrays, tuple(mapped)))
+        made = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), made)
+        return made, jax.tree.map(lambda _: True, made)
+
+    return call(*arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static: _Static, *args: Any) -> Any:
+    return _any_batch(functools.partial(_forward, static), *args)
+
+
+def _attend_forward(static: _Static, *args: Any) -> Any:
+    # A remat policy may save these two by name, and so never run the forward pass twice.
+    out, lse = (checkpoint_name(x, "range_attention") for x in _attend(static, *args))
+    return (out, lse), (*args, out, lse)
+
+
+def _attend_backward(static: _Static, residuals: Any, cotangents: Any) -> Any:
+    from rec_core.attention.mosaic_gpu_backward import backward  # as in _forward
+
+    function = functools.partial(
+        backward,
+        scale=static.scale,
+        blocks=static.backward,
+        own=static.own,
+        programs=static.programs,
+        interpret=static.interpret,
+    )
+    return *_any_batch(function, *residuals, *cotangents), None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
