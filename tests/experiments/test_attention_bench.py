@@ -258,7 +258,7 @@ def test_a_run_measures_what_is_right_and_says_why_of_the_rest(outcome):
     rows = {(row["implementation"], row["direction"]): row for row in result.rows if row["case"] == "causal_a"}
     assert set(rows) == {
         (name, direction)
-        for name in ("xla", "reference", "fails", "lies", "unfit", "jax.nn xla", "wrong rival", "absent rival", "torch")
+        for name in (*IMPLEMENTATIONS, "fails", "lies", "unfit", "jax.nn xla", "wrong rival", "absent rival", "torch")
         for direction in ("forward", "backward")
     }
     assert {name for (name, _), row in rows.items() if row.get("ms") is not None} == {"xla", "reference", "jax.nn xla"}

@@ -10,59 +10,20 @@ import sys
 import threading
 import time
 import uuid
-from pathlib import Path
 
 import lmdb
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from redis_server import start_redis
 
 from rec_core import store as store_module
 from rec_core.store import MAX_KEY, StoreError, open_store
 
 
-class RedisServer:
-    """A private redis-server on a free loopback port that syncs every write and asks for a password."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.start()
-
-    def start(self):
-        command = ["redis-server", "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self.folder)]
-        command += ["--save", "", "--appendonly", "yes", "--appendfsync", "always", "--requirepass", "s3cret"]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        for _ in range(200):
-            try:
-                open_store(self.address("ready")).close()
-                return
-            except StoreError:
-                assert self.process.poll() is None, "redis-server ended at its start"
-                time.sleep(0.05)
-        raise AssertionError("redis-server did not answer within 10 s")
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait()
-
-    def address(self, name: str | None = None) -> str:
-        return f"redis://:s3cret@127.0.0.1:{self.port}/0/{name or uuid.uuid4().hex}"
-
-
-def _started(folder):
-    if shutil.which("redis-server") is None:
-        if os.environ.get("CI"):
-            pytest.fail("redis-server is not installed, and CI must test the Redis store: apt-get install redis-server")
-        pytest.skip("redis-server is not installed")
-    return RedisServer(folder)
-
-
 @pytest.fixture(scope="module")
 def redis_server(tmp_path_factory):
-    server = _started(tmp_path_factory.mktemp("redis"))
+    server = start_redis(tmp_path_factory.mktemp("redis"))
     yield server
     server.kill()
 
@@ -91,15 +52,23 @@ _steps = st.lists(
     st.one_of(
         st.tuples(st.just("put"), st.lists(st.tuples(_keys, st.binary(max_size=5)), max_size=12)),
         st.tuples(st.just("delete"), st.lists(_keys, max_size=4)),
+        st.tuples(
+            st.just("put_if"),
+            st.tuples(
+                st.lists(st.tuples(_keys, st.binary(max_size=5)), max_size=4),
+                st.lists(_keys, max_size=3),
+                st.none() | st.tuples(_keys, st.none() | st.binary(max_size=5)),
+            ),
+        ),
     ),
     min_size=1,
     max_size=6,
 )
 
 
-def expected_floor(held: dict, key: bytes, prefix_length: int):
+def expected_floors(held: dict, key: bytes, prefix_length: int):
     near = [k for k in held if k <= key and k[:prefix_length] == key[:prefix_length]]
-    return (max(near), held[max(near)]) if near else None
+    return [(k, held[k]) for k in sorted(near, reverse=True)]
 
 
 def _same_answers(address: str, steps, asked, prefix_length: int):
@@ -110,12 +79,21 @@ def _same_answers(address: str, steps, asked, prefix_length: int):
             if what == "put":
                 held.update(values)
                 assert store.put(values) == len(dict(values))
+            elif what == "put_if":
+                values, same, other = values  # of `other` anything is expected
+                expected = {key: held.get(key) for key in same} | ({other[0]: other[1]} if other else {})
+                fits = all(held.get(key) == value for key, value in expected.items())
+                assert store.put_if(values, expected) is fits
+                held.update(values if fits else [])
             else:
                 assert store.delete(values) == len(held.keys() & set(values))
                 held = {key: value for key, value in held.items() if key not in values}
             assert store.count() == len(held)
             assert store.get(asked) == [held.get(key) for key in asked]
-            assert store.floor(asked, prefix_length) == [expected_floor(held, key, prefix_length) for key in asked]
+            floors = [expected_floors(held, key, prefix_length) for key in asked]
+            assert store.floor(asked, prefix_length) == [found[0] if found else None for found in floors]
+            for limit in (1, 2, 100):
+                assert store.floors(asked, prefix_length, limit) == [found[:limit] for found in floors]
             for prefix in [b"", *(key[:prefix_length] for key in asked)]:
                 wanted = sorted((key, value) for key, value in held.items() if key.startswith(prefix))
                 assert list(store.scan(prefix)) == wanted
@@ -220,8 +198,14 @@ def test_questions_that_cannot_be_answered_are_refused(new_address):
     with open_store(new_address()) as store:
         with pytest.raises(ValueError, match=r"prefix_length is 3: it must lie in 0\.\.2"):
             store.floor([b"abc", b"ab"], 3)
+        with pytest.raises(ValueError, match="limit is 0"):
+            store.floors([b"abc"], 1, 0)
         with pytest.raises(ValueError, match="key 'a' is str"):
             store.get(["a"])
+        with pytest.raises(ValueError, match="expected value of key b'a' is str"):
+            store.put_if([], {b"a": "text"})
+        with pytest.raises(ValueError, match=r"value of key b'b' is str"):
+            store.put_if([(b"b", "text")], {})
         with pytest.raises(ValueError, match="prefix"):
             store.scan("a")
         assert store.get([]) == [] and store.floor([], 2) == [] and store.delete([]) == 0
@@ -267,6 +251,8 @@ def test_readonly_reads_and_never_writes(lasting):
         assert store.get([b"a"]) == [b"1"] and store.count() == 1 and list(store.scan()) == [(b"a", b"1")]
         with pytest.raises(StoreError, match="readonly"):
             store.put([(b"b", b"2")])
+        with pytest.raises(StoreError, match="readonly"):
+            store.put_if([(b"b", b"2")], {b"b": None})
         with pytest.raises(StoreError, match="readonly"):
             store.delete([b"a"])
     with pytest.raises(StoreError, match="nothing to read"):
@@ -546,6 +532,26 @@ def test_a_killed_writer_loses_no_acknowledged_entry_and_leaves_no_torn_one(last
     assert inside > 0, "no kill fell inside a batch"
 
 
+_COUNTER = """
+import sys
+from rec_core.store import open_store
+store, left = open_store(sys.argv[1]), 200
+while left:
+    held = store.get([b"counter", b"other"])
+    value = str(int(held[0] or b"0") + 1).encode()
+    left -= store.put_if([(b"counter", value), (b"log/" + value, sys.argv[2].encode())], {b"counter": held[0]})
+"""
+
+
+def test_writers_that_put_if_nothing_has_changed_lose_no_step(lasting):
+    command = [sys.executable, "-c", _COUNTER, lasting]
+    writers = [subprocess.Popen([*command, name]) for name in ("a", "b")]
+    assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
+    with open_store(lasting, readonly=True) as store:
+        assert store.get([b"counter"]) == [b"400"]
+        assert sorted(value for _, value in store.scan(b"log/")) == [b"a"] * 200 + [b"b"] * 200
+
+
 def test_two_writer_processes_at_once_lose_nothing(lasting):
     writers = [_writer(lasting, first, first + 10) for first in (0, 10)]
     said = [writer.communicate(timeout=60)[0] for writer in writers]
@@ -557,7 +563,7 @@ def test_two_writer_processes_at_once_lose_nothing(lasting):
 
 
 def test_a_killed_redis_server_keeps_what_it_acknowledged(tmp_path):
-    server = _started(tmp_path)
+    server = start_redis(tmp_path)
     try:
         address = server.address("survivor")
         with open_store(address) as store:

@@ -385,3 +385,36 @@ def test_a_named_implementation_that_cannot_serve_says_why_and_none_passes_it_by
         grouped_attention(q, k, v, LAYOUT_IDS, LAYOUT_QUERY, implementation="fast")
     jaxpr = str(jax.make_jaxpr(grouped_attention)(q, k, v, LAYOUT_IDS, LAYOUT_QUERY))
     assert "custom_vjp" in jaxpr  # the next in the table, "xla", took it
+
+
+@pytest.mark.parametrize("self_term", ["own", "same", "none"])
+@pytest.mark.parametrize("kv_heads", [2, 3])
+def test_a_kernel_runs_on_each_devices_examples_and_heads(monkeypatch, self_term, kv_heads):
+    """A kernel that the compiler cannot split sees its part alone: all heads where the mesh does not divide them."""
+    batch, rows, width = 8, 12, 8
+    seen = []
+
+    def opaque(q, k, v, start, end, k_self, v_self, *, scale):
+        seen.append((q.shape, k.shape, start.shape, k_self is k and v_self is v, k_self is None))
+        return range_attention_xla(q, k, v, start, end, k_self, v_self, scale=scale)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "opaque", Implementation(lambda call: None, opaque, opaque=True))
+    keys = jax.random.split(jax.random.key(0), 5)
+    q = jax.random.normal(keys[0], (batch, rows, 2 * kv_heads, width))
+    k, v, k_self, v_self = (jax.random.normal(key, (batch, rows, kv_heads, width)) for key in keys[1:])
+    end = jnp.broadcast_to(jnp.arange(rows), (batch, rows))
+    own = {"own": {"k_self": k_self, "v_self": v_self}, "same": {}, "none": {"self_term": False}}[self_term]
+
+    def loss(arrays, implementation):
+        out = range_attention(*arrays, jnp.zeros_like(end), end, implementation=implementation, **own)
+        return jnp.sum(jnp.square(out))
+
+    expected = jax.jit(jax.value_and_grad(functools.partial(loss, implementation="xla")))((q, k, v))
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax.value_and_grad(functools.partial(loss, implementation="opaque")))((q, k, v))
+    heads = kv_heads // 2 if kv_heads == 2 else kv_heads
+    part = (2, rows, 2 * heads, width), (2, rows, heads, width), (2, rows)
+    assert set(seen) == {(*part, self_term == "same", self_term == "none")}
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)

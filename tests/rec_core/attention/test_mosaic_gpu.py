@@ -1,18 +1,16 @@
 """The GPU kernels on a CPU: the plan of their work, values and races in interpret mode, lowering at real shapes."""
 
-import contextlib
 import dataclasses
 import functools
-import os
 
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_kernels import arrays, error, exact, interpreted
 from hypothesis import example, given, settings
 from jax.experimental.mosaic.gpu import utils as mosaic_utils
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -123,40 +121,11 @@ def test_parts_of_a_long_range_are_even():
 # Values in interpret mode.
 
 
-@contextlib.contextmanager
-def interpreted():
-    """Interprets kernels, each program's threads at once, and asserts that no two of them raced."""
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    # Threads wait for each other inside of XLA's pool: with fewer threads than warpgroups they would wait forever.
-    assert int(os.environ.get("NPROC", os.cpu_count() or 1)) >= 8, "set NPROC=16 before JAX starts"
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield
-    assert not gpu_callbacks.get_races().races_found
-
-
-def arrays(rows, keys, heads=1, kv_heads=1, width=64, dtype=jnp.bfloat16, batch=1):
-    """q, k, v, k_self, v_self, and cotangents of out and lse in float32."""
-    key = jax.random.split(jax.random.key(rows * 1000 + keys), 7)
-    mine, own, other = (batch, rows, heads, width), (batch, rows, kv_heads, width), (batch, keys, kv_heads, width)
-    shapes = [mine, other, other, own, own, mine, (batch, heads, rows)]
-    made = [jax.random.normal(k, s).astype(dtype) for k, s in zip(key, shapes)]
-    return made[:5] + [x.astype(jnp.float32) for x in made[5:]]
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def values(function, own, data, start, end):
     q, k, v, k_self, v_self, *_ = data
     row = {"same": (k, v), "separate": (k_self, v_self), "none": (None, None)}[own]
     return function(q, k, v, start, end, *row, scale=q.shape[-1] ** -0.5)
-
-
-def exact(data):
-    return [x.astype(jnp.float32) for x in data]
-
-
-def error(found, expected):
-    return np.linalg.norm(np.float32(found) - expected) / np.linalg.norm(expected)
 
 
 def gpu(blocks=SMALL, programs=2, **settings):
