@@ -14,12 +14,13 @@ or the process dies inside it, none is, or, where only the acknowledgement was l
 from __future__ import annotations
 
 import bisect
+import hashlib
 import os
 import re
 import shutil
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -90,18 +91,40 @@ class Store:
     def put(self, items: Iterable[Entry]) -> int:
         """Writes the pairs in one transaction (all or none; of equal keys the last wins) and returns their number."""
         backend = self._writable("put")
-        try:
-            batch = dict(items)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.name}: put takes an iterable of (key, value) pairs of bytes: {error}") from error
-        for key, value in batch.items():
-            _check_key(key)
-            if type(value) is not bytes or len(value) > MAX_VALUE:
-                what = f"{len(value)} bytes" if type(value) is bytes else type(value).__name__
-                raise ValueError(f"the value of key {key!r} is {what}: it must be bytes, at most {MAX_VALUE} of them")
+        batch = self._batch("put", items)
         if batch:
             backend.put(batch)
         return len(batch)
+
+    def put_if(self, items: Iterable[Entry], expected: Mapping[bytes, bytes | None]) -> bool:
+        """`put`, if each key of `expected` still has that value (None: is absent); else writes nothing, returns False.
+
+        What was read and changed is written back so, without losing what another writer put between. Where only the
+        acknowledgement was lost, the same call again finds its own values and returns False: read again.
+        """
+        backend = self._writable("put_if")
+        held = dict(expected)
+        _checked(held)
+        for key, value in held.items():
+            if value is not None and type(value) is not bytes:
+                raise ValueError(f"the expected value of key {key!r} is {type(value).__name__}: it is bytes or None")
+        return backend.put_if(self._batch("put_if", items), held)
+
+    def _batch(self, what: str, items: Iterable[Entry]) -> dict[bytes, bytes]:
+        try:
+            batch = dict(items)
+        except (TypeError, ValueError) as error:
+            wanted = f"{self.name}: {what} takes an iterable of (key, value) pairs of bytes"
+            raise ValueError(f"{wanted}: {error}") from error
+        _checked(batch)
+        values = batch.values()
+        if set(map(type, values)) <= {bytes} and max(map(len, values), default=0) <= MAX_VALUE:
+            return batch
+        for key, value in batch.items():
+            if type(value) is not bytes or len(value) > MAX_VALUE:
+                found = f"{len(value)} bytes" if type(value) is bytes else type(value).__name__
+                raise ValueError(f"the value of key {key!r} is {found}: it must be bytes, at most {MAX_VALUE} of them")
+        return batch
 
     def get(self, keys: Iterable[bytes]) -> list[bytes | None]:
         """The value of each key, in order; None where there is none."""
@@ -112,11 +135,18 @@ class Store:
 
         With keys that end in a big-endian time this is the newest entry not after a time. None where there is none.
         """
+        return [found[0] if found else None for found in self.floors(keys, prefix_length, 1)]
+
+    def floors(self, keys: Iterable[bytes], prefix_length: int, limit: int) -> list[list[Entry]]:
+        """For each key the `limit` greatest entries that `floor` chooses from, by falling key; all of one moment on
+        LMDB and in memory, on Redis of one moment a key."""
         asked = _checked(keys)
+        if limit < 1:
+            raise ValueError(f"limit is {limit}: at least one entry a key must be asked for")
         shortest = min(map(len, asked), default=prefix_length)
         if not 0 <= prefix_length <= shortest:
             raise ValueError(f"prefix_length is {prefix_length}: it must lie in 0..{shortest} (the shortest key)")
-        return self._open().floor(asked, prefix_length)
+        return self._open().floors(asked, prefix_length, limit)
 
     def scan(self, prefix: bytes = b"", *, limit: int | None = None) -> Iterator[Entry]:
         """The entries whose keys start with `prefix`, by rising key, at most `limit` of them.
@@ -207,6 +237,10 @@ def _check_key(key: bytes) -> None:
 
 def _checked(keys: Iterable[bytes]) -> list[bytes]:
     asked = list(keys)
+    if set(map(type, asked)) <= {bytes}:  # a tenth of the time of a call a key
+        lengths = set(map(len, asked))
+        if not lengths or (min(lengths) > 0 and max(lengths) <= MAX_KEY):
+            return asked
     for key in asked:
         _check_key(key)
     return asked
@@ -216,8 +250,9 @@ class _Backend(Protocol):
     """What `Store` needs from a place, its arguments already checked."""
 
     def put(self, batch: dict[bytes, bytes]) -> None: ...
+    def put_if(self, batch: dict[bytes, bytes], expected: dict[bytes, bytes | None]) -> bool: ...
     def get(self, keys: list[bytes]) -> list[bytes | None]: ...
-    def floor(self, keys: list[bytes], prefix_length: int) -> list[Entry | None]: ...
+    def floors(self, keys: list[bytes], prefix_length: int, limit: int) -> list[list[Entry]]: ...
     def page(self, prefix: bytes, after: bytes | None, limit: int) -> list[Entry]: ...
     def delete(self, keys: list[bytes]) -> int: ...
     def count(self) -> int: ...
@@ -248,18 +283,24 @@ class _Memory:
                 self._keys.extend(new)
                 self._keys.sort()
 
+    def put_if(self, batch: dict[bytes, bytes], expected: dict[bytes, bytes | None]) -> bool:
+        with self._lock:
+            same = self.get(list(expected)) == list(expected.values())
+            if same:
+                self.put(batch)
+        return same
+
     def get(self, keys: list[bytes]) -> list[bytes | None]:
         with self._lock:
             return [self._values.get(key) for key in keys]
 
-    def floor(self, keys: list[bytes], prefix_length: int) -> list[Entry | None]:
-        found: list[Entry | None] = []
+    def floors(self, keys: list[bytes], prefix_length: int, limit: int) -> list[list[Entry]]:
+        found = []
         with self._lock:
             for key in keys:
-                at = bisect.bisect_right(self._keys, key) - 1
-                near = self._keys[at] if at >= 0 else None
-                match = near is not None and near[:prefix_length] == key[:prefix_length]
-                found.append((near, self._values[near]) if match and near is not None else None)
+                at = bisect.bisect_right(self._keys, key)
+                near = reversed(self._keys[max(at - limit, 0) : at])
+                found.append([(k, self._values[k]) for k in near if k[:prefix_length] == key[:prefix_length]])
         return found
 
     def page(self, prefix: bytes, after: bytes | None, limit: int) -> list[Entry]:
@@ -502,22 +543,35 @@ class _Lmdb:
 
         self._held.run(body, write=True)
 
-    def get(self, keys: list[bytes]) -> list[bytes | None]:
-        return self._held.run(lambda txn: [txn.get(key) for key in keys])
+    def put_if(self, batch: dict[bytes, bytes], expected: dict[bytes, bytes | None]) -> bool:
+        pairs, keys, values = sorted(batch.items()), list(expected), list(expected.values())
 
-    def floor(self, keys: list[bytes], prefix_length: int) -> list[Entry | None]:
-        def body(txn: Any) -> list[Entry | None]:
-            found: list[Entry | None] = []
+        def body(txn: Any) -> bool:
+            same = list(map(txn.get, keys)) == values
+            if same:
+                txn.cursor().putmulti(pairs)
+            return same
+
+        return self._held.run(body, write=True)
+
+    def get(self, keys: list[bytes]) -> list[bytes | None]:
+        return self._held.run(lambda txn: list(map(txn.get, keys)))
+
+    def floors(self, keys: list[bytes], prefix_length: int, limit: int) -> list[list[Entry]]:
+        def body(txn: Any) -> list[list[Entry]]:
+            found = []
             with txn.cursor() as cursor:
                 for key in keys:
+                    prefix = key[:prefix_length]
+                    near: list[Entry] = []
                     if cursor.set_range(key):  # the first key >= key
-                        near = cursor.key()
-                        if near != key:
-                            near = cursor.key() if cursor.prev() else None
+                        more = cursor.key() == key or cursor.prev()
                     else:
-                        near = cursor.key() if cursor.last() else None
-                    match = near is not None and near[:prefix_length] == key[:prefix_length]
-                    found.append((near, cursor.value()) if match else None)
+                        more = cursor.last()
+                    while more and len(near) < limit and cursor.key().startswith(prefix):
+                        near.append(cursor.item())
+                        more = cursor.prev()
+                    found.append(near)
             return found
 
         return self._held.run(body)
@@ -573,18 +627,35 @@ class _Lmdb:
 # ---- Redis -----------------------------------------------------------------------------------------------------------
 
 _CHUNK = 1024
+_LOST = "this batch was not acknowledged (all of it or nothing is stored: put it again)"
 
 # One sorted set holds the keys (equal scores sort by bytes), one hash the values; a script reads both at one moment.
-_FLOOR = """
+_FLOORS = """
 local found = {}
-for i = 2, #ARGV do
+for i = 3, #ARGV do
   local low = '-'
   if ARGV[1] ~= '0' then low = '[' .. string.sub(ARGV[i], 1, tonumber(ARGV[1])) end
-  local near = redis.call('ZREVRANGEBYLEX', KEYS[1], '[' .. ARGV[i], low, 'LIMIT', 0, 1)[1] or false
-  found[2 * i - 3] = near
-  found[2 * i - 2] = near and redis.call('HGET', KEYS[2], near)
+  local near = {}
+  for j, key in ipairs(redis.call('ZREVRANGEBYLEX', KEYS[1], '[' .. ARGV[i], low, 'LIMIT', 0, tonumber(ARGV[2]))) do
+    near[2 * j - 1] = key
+    near[2 * j] = redis.call('HGET', KEYS[2], key)
+  end
+  found[i - 2] = near
 end
 return found
+"""
+# The values that were read are compared by their SHA-1 ('': absent), so that they do not travel a second time.
+_PUT_IF = """
+local asked = tonumber(ARGV[1])
+for i = 2, 2 * asked, 2 do
+  local held = redis.call('HGET', KEYS[2], ARGV[i])
+  if (held and redis.sha1hex(held) or '') ~= ARGV[i + 1] then return 0 end
+end
+for i = 2 * asked + 2, #ARGV, 2 do
+  redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1])
+  redis.call('ZADD', KEYS[1], 0, ARGV[i])
+end
+return 1
 """
 _PAGE = """
 local found = {}
@@ -665,13 +736,20 @@ class _Redis:
 
     def put(self, batch: dict[bytes, bytes]) -> None:
         pairs = list(batch.items())
-        lost = "this batch was not acknowledged (all of it or nothing is stored: put it again)"
-        with self._errors(lost), self._redis.pipeline(transaction=True) as pipe:
+        with self._errors(_LOST), self._redis.pipeline(transaction=True) as pipe:
             for at in range(0, len(pairs), _CHUNK):
                 part = dict(pairs[at : at + _CHUNK])
                 pipe.hset(self._values, mapping=part)
                 pipe.zadd(self._order, dict.fromkeys(part, 0))
             pipe.execute()
+
+    def put_if(self, batch: dict[bytes, bytes], expected: dict[bytes, bytes | None]) -> bool:
+        said: list[bytes | int | str] = [len(expected)]
+        for key, value in expected.items():
+            said += (key, "" if value is None else hashlib.sha1(value).hexdigest())
+        said += (x for pair in batch.items() for x in pair)
+        with self._errors(_LOST):
+            return bool(self._redis.eval(_PUT_IF, 2, self._order, self._values, *said))
 
     def get(self, keys: list[bytes]) -> list[bytes | None]:
         with self._errors(), self._redis.pipeline(transaction=False) as pipe:
@@ -679,24 +757,25 @@ class _Redis:
                 pipe.hmget(self._values, keys[at : at + _CHUNK])
             return [value for part in pipe.execute() for value in part]
 
-    def floor(self, keys: list[bytes], prefix_length: int) -> list[Entry | None]:
+    def floors(self, keys: list[bytes], prefix_length: int, limit: int) -> list[list[Entry]]:
         with self._errors(), self._redis.pipeline(transaction=False) as pipe:
             for at in range(0, len(keys), _CHUNK):
-                pipe.eval(_FLOOR, 2, self._order, self._values, prefix_length, *keys[at : at + _CHUNK])
-            flat = [x for part in pipe.execute() for x in part]
-        pairs = zip(flat[::2], flat[1::2], strict=True)
-        return [None if key is None else self._whole(key, value) for key, value in pairs]
+                part = keys[at : at + _CHUNK]
+                pipe.eval(_FLOORS, 2, self._order, self._values, prefix_length, limit, *part)
+            return [self._pairs(near) for part in pipe.execute() for near in part]
 
     def page(self, prefix: bytes, after: bytes | None, limit: int) -> list[Entry]:
         low = b"(" + after if after is not None else b"[" + prefix if prefix else b"-"
         with self._errors():
             flat = self._redis.eval(_PAGE, 2, self._order, self._values, low, _after_prefix(prefix), limit)
-        return [self._whole(key, value) for key, value in zip(flat[::2], flat[1::2], strict=True)]
+        return self._pairs(flat)
 
-    def _whole(self, key: bytes, value: bytes | None) -> Entry:
-        if value is None:
-            raise StoreError(f"{self.name}: key {key!r} has lost its value: something else wrote or evicted it")
-        return key, value
+    def _pairs(self, flat: list[Any]) -> list[Entry]:
+        pairs = list(zip(flat[::2], flat[1::2], strict=True))
+        for key, value in pairs:
+            if value is None:
+                raise StoreError(f"{self.name}: key {key!r} has lost its value: something else wrote or evicted it")
+        return pairs
 
     def delete(self, keys: list[bytes]) -> int:
         lost = "this delete was not acknowledged (all of it or nothing is done: delete again)"
