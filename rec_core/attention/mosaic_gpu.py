@@ -15,7 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from rec_core.attention.blocks import BLOCK_Q, Backward, Forward, backward_blocks, check_forward, forward_blocks
-from rec_core.attention.xla import _same_varying
+from rec_core.attention.mosaic_gpu_plan import plan
+from rec_core.attention.xla import same_varying
 
 if TYPE_CHECKING:
     from rec_core.attention.api import Call
@@ -106,7 +107,7 @@ def range_attention_mosaic_gpu(
         interpret,
     )
     own_arrays = (k_self, v_self) if own == "separate" else (None, None)
-    return _attend(static, *_same_varying((q, k, v, *own_arrays, k_start, k_end)))
+    return _attend(static, *same_varying((q, k, v, *own_arrays, k_start, k_end)))
 
 
 def range_attention_mosaic_gpu_deterministic(
@@ -142,15 +143,13 @@ def _forward(
     static: _Static, q: Array, k: Array, v: Array, k_self: Any, v_self: Any, start: Array, end: Array
 ) -> tuple[Array, Array]:
     # What the kernel imports of JAX is experimental: a machine that does not run it must not need it.
-    from rec_core.attention import mosaic_gpu_forward as kernel
+    from rec_core.attention.mosaic_gpu_forward import forward
 
     split = static.splits > 1
     own = "none" if split else static.own
     items = q.shape[0] * static.splits * q.shape[2] * -(-q.shape[1] // (BLOCK_Q * static.forward.groups))
-    planned = kernel.plan(
-        start, end, k.shape[1], static.forward, own, splits=static.splits, ordered=items > static.programs
-    )
-    out, lse = kernel.forward(
+    planned = plan(start, end, k.shape[1], static.forward, own, splits=static.splits, ordered=items > static.programs)
+    out, lse = forward(
         q,
         k,
         v,

@@ -16,7 +16,7 @@ from rec_core.attention.blocks import Backward, Forward
 from rec_core.attention.mosaic_gpu_backward_keys import backward_keys, plan_keys
 from rec_core.attention.mosaic_gpu_backward_rows import backward_rows
 from rec_core.attention.mosaic_gpu_common import BLOCK_Q, LOG2_E
-from rec_core.attention.mosaic_gpu_forward import plan
+from rec_core.attention.mosaic_gpu_plan import plan
 
 FAR = 1e30  # log-sum-exp of a row that sees nothing, here: its weights are 2 ** -FAR = 0
 

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from rec_core.attention.blocks import Backward
+from rec_core.attention.blocks import ENTRIES, Backward
 from rec_core.attention.mosaic_gpu_common import (
     BLOCK_Q,
     CHUNK,
@@ -35,7 +35,6 @@ from rec_core.attention.mosaic_gpu_common import (
 from rec_core.attention.schedule import schedule
 
 KEYS = 64  # of a warpgroup
-ENTRIES = 32  # int32 of a tile in the table, as TMA wants it
 
 
 class KeyPlan(NamedTuple):

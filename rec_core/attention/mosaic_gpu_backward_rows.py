@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from rec_core.attention.blocks import Backward
+from rec_core.attention.blocks import ENTRIES, Backward
 from rec_core.attention.mosaic_gpu_common import (
     BLOCK_Q,
     CHUNK,
@@ -29,7 +29,7 @@ from rec_core.attention.mosaic_gpu_common import (
     over_columns,
     there_and_back,
 )
-from rec_core.attention.mosaic_gpu_forward import ENTRIES, HEAD, PER_GROUP, Plan
+from rec_core.attention.mosaic_gpu_plan import HEAD, PER_GROUP, Plan, key_block
 
 
 def backward_rows(
@@ -76,12 +76,6 @@ def backward_rows(
         def slot_of(count: Any) -> Any:
             return lax.rem(count, jnp.int32(stages))
 
-        def block(step: Any, diag: Any, diag_last: Any, base: Any) -> Any:
-            if own == "none":
-                return base - step
-            at = base - step
-            return jnp.where(step < diag, diag_last - 1 - step, at - jnp.where(at < diag_last, diag, 0))
-
         def compute() -> None:
             plgpu.set_max_registers(REGISTERS[groups][0], action="increase")
             logits = plgpu.ACC((BLOCK_Q, block_k), jnp.float32)
@@ -105,7 +99,7 @@ def backward_rows(
 
                 def masked(weight: Array, step: Any) -> Array:
                     column = plgpu.broadcasted_iota(jnp.int32, weight.shape, 1, layout=WGMMA)
-                    column = column + block(step, diag, diag_last, base) * block_k
+                    column = column + key_block(own, step, diag, diag_last, base) * block_k
                     see = (column >= over_columns(start, weight)) & (column < over_columns(end, weight))
                     if own == "same":
                         see |= column == plgpu.broadcasted_iota(jnp.int32, weight.shape, 0, layout=WGMMA) + low
@@ -179,10 +173,10 @@ def backward_rows(
                 @pl.loop(0, steps)
                 def _(step: Any) -> None:
                     slot = slot_of(before + step)
-                    key_block = pl.ds(block(step, diag, diag_last, base) * block_k, block_k)
+                    keys = pl.ds(key_block(own, step, diag, diag_last, base) * block_k, block_k)
                     pl.when(before + step >= stages)(lambda: signal("sync", slot))
-                    plgpu.copy_gmem_to_smem(k_g.at[example, key_block, kv_head], k_s.at[slot], kv_full.at[slot])
-                    plgpu.copy_gmem_to_smem(v_g.at[example, key_block, kv_head], v_s.at[slot], kv_full.at[slot])
+                    plgpu.copy_gmem_to_smem(k_g.at[example, keys, kv_head], k_s.at[slot], kv_full.at[slot])
+                    plgpu.copy_gmem_to_smem(v_g.at[example, keys, kv_head], v_s.at[slot], kv_full.at[slot])
 
                 return before + steps
 

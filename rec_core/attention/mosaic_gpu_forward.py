@@ -1,4 +1,4 @@
-"""The forward kernel for Hopper (sm90): a persistent grid, warp-specialised, and the plan of its work.
+"""The forward kernel for Hopper (sm90): a persistent grid, warp-specialised.
 
 A tile is ``groups`` warpgroups of 64 rows, which share the keys and values that one more warpgroup brings by TMA. The
 programs walk over the items (tile, head), longest tiles first, there and back so that no program gets all the long
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from rec_core.attention.blocks import BLOCK_Q, CHUNK, ENTRIES, Forward, barrier_ids
 from rec_core.attention.mosaic_gpu_common import (
@@ -36,138 +36,9 @@ from rec_core.attention.mosaic_gpu_common import (
     there_and_back,
     wgmma_accumulator_store,
 )
-from rec_core.attention.schedule import schedule
+from rec_core.attention.mosaic_gpu_plan import HEAD, PER_GROUP, Plan, key_block
 
 LOWEST = -1e30  # the maximum of a row that has seen nothing yet; finite, so that differences with it are
-HEAD, PER_GROUP = 8, 8  # int32 of a tile in the table: of all, then of each warpgroup
-
-
-class Plan(NamedTuple):
-    """The work of a batch, the same for all heads and layers. ``P`` is examples times parts of the keys.
-
-    Attributes:
-      start, end: ranges of the rows, cut to a part, padded to whole tiles.
-      order: tiles by falling number of steps.
-      table: per tile the steps of its walk over key blocks, how steps become blocks, its place, and per warpgroup the
-        steps ``[first, last)`` that concern it and ``[plain_first, plain_last)`` that need no mask.
-    """
-
-    start: Int[Array, "P padded"]
-    end: Int[Array, "P padded"]
-    order: Int[Array, " tiles"]
-    table: Int[Array, "tiles 32"]
-
-
-def plan(
-    k_start: Int[Array, "B T"],
-    k_end: Int[Array, "B T"],
-    keys: int,
-    blocks: Forward,
-    own: str,
-    *,
-    splits: int = 1,
-    ordered: bool = True,
-) -> Plan:
-    """The work that the ranges ask for.
-
-    Args:
-      k_start, k_end: row i sees keys [k_start_i, k_end_i), cut to [0, keys).
-      own: "same" if the rows' own keys are those at their place in k, "separate" if they are arrays of their own,
-        "none" for no self term.
-      splits: parts in which the key blocks of each tile are cut, each an item of its own.
-      ordered: False leaves tiles in their order, for a grid that has a program for each item.
-    """
-    batch, rows = k_start.shape
-    tile = BLOCK_Q * blocks.groups
-    edges = [(0, 0), (0, -rows % tile)]
-    start, end = (jnp.pad(jnp.clip(x, 0, keys).astype(jnp.int32), edges, mode="edge") for x in (k_start, k_end))
-    if splits > 1:
-        visits = schedule(start, end, tile, blocks.block_k)
-        part = -(-(visits.last - visits.first) // splits) * blocks.block_k
-        low = visits.first[:, None] * blocks.block_k + jnp.arange(splits, dtype=jnp.int32)[:, None] * part[:, None]
-        low, part = (jnp.repeat(x, tile, axis=-1) for x in (low, part[:, None]))  # [B, splits or 1, padded]
-        start = jnp.maximum(start[:, None], low).reshape(batch * splits, -1)
-        end = jnp.minimum(end[:, None], low + part).reshape(batch * splits, -1)
-    table = _table(start, end, rows, blocks, own, splits)
-    number = jnp.arange(table.shape[0], dtype=jnp.int32)
-    order = jnp.argsort(-table[:, 0], stable=True).astype(jnp.int32) if ordered else number
-    return Plan(start, end, order, table)
-
-
-def _table(start: Array, end: Array, rows: int, blocks: Forward, own: str, splits: int) -> Array:
-    """``Plan.table``, int32 [P * tiles, ENTRIES]. Inside [P, tiles, 1], or [P, tiles, groups] of warpgroups."""
-    parts, padded = start.shape
-    groups, block_k, far = blocks.groups, blocks.block_k, jnp.iinfo(jnp.int32).max
-    tile = BLOCK_Q * groups
-    tiles = padded // tile
-    mine = jax.tree.map(lambda x: x.reshape(parts, tiles, groups), schedule(start, end, BLOCK_Q, block_k))
-    last = jnp.max(mine.last, axis=-1, keepdims=True)
-    first = jnp.minimum(
-        jnp.min(jnp.where(mine.first < mine.last, mine.first, far), axis=-1, keepdims=True),
-        last,
-    )
-    number = jnp.broadcast_to(jnp.arange(tiles, dtype=jnp.int32)[:, None], (parts, tiles, 1))
-    low_row = number * tile + jnp.arange(groups, dtype=jnp.int32) * BLOCK_Q
-    if own == "none":
-        last = jnp.maximum(last, first + 1)  # one masked block at least, so that no tile is without a step
-        diag_first = diag_last = jnp.zeros_like(number)
-    else:
-        diag_first, diag_last = number * tile // block_k, -(-jnp.minimum((number + 1) * tile, rows) // block_k)
-    diag = diag_last - diag_first
-
-    # Steps: the diagonal blocks from the last to the first, then those of the ranges. Where the rows' own keys are
-    # among the keys, the diagonal blocks are left out of the latter.
-    if own == "same":
-        overlap = jnp.maximum(0, jnp.minimum(last, diag_last) - jnp.maximum(first, diag_first))
-        steps = diag + last - first - overlap
-        base = jnp.where(last > diag_last, last - 1 + diag, jnp.minimum(last, diag_first) - 1 + 2 * diag)
-    else:
-        steps, base = diag + last - first, last - 1 + diag
-
-    def diagonal(block: Array) -> Array:
-        return diag_last - 1 - block
-
-    def ranged(block: Array) -> Array:
-        return base - block - jnp.where(block < diag_first, diag, 0) if own == "same" else base - block
-
-    def step(block: Array) -> Array:
-        on = (block >= diag_first) & (block < diag_last)
-        return jnp.where(on, diagonal(block), ranged(block)) if own == "same" else ranged(block)
-
-    spans: list[tuple[Array, Array, Callable[[Array], Array]]]
-    if own == "same":
-        spans = [
-            (jnp.maximum(mine.first, diag_last), mine.last, ranged),
-            (jnp.maximum(mine.first, diag_first), jnp.minimum(mine.last, diag_last), diagonal),
-            (mine.first, jnp.minimum(mine.last, diag_first), ranged),
-        ]
-    else:
-        spans = [(mine.first, mine.last, ranged)]
-    if own != "none":
-        own_first = jnp.minimum(low_row, rows - 1) // block_k
-        own_last = jnp.maximum(-(-jnp.minimum(low_row + BLOCK_Q, rows) // block_k), own_first + 1)
-        spans.append((own_first, own_last, diagonal))
-    step_first = functools.reduce(jnp.minimum, [jnp.where(a < b, at(b - 1), far) for a, b, at in spans])
-    step_last = functools.reduce(jnp.maximum, [jnp.where(a < b, at(a) + 1, 0) for a, b, at in spans])
-    step_first = jnp.minimum(step_first, steps - 1)
-    step_last = jnp.maximum(step_last, step_first + 1)
-
-    # Blocks that need no mask are one run of blocks, but one run of steps only on one side of the diagonal blocks, or
-    # where the tile has none after them.
-    bottom = mine.full_first
-    if own == "same":
-        cut = jnp.where(mine.full_last > diag_last, diag_last, jnp.where(mine.full_last > diag_first, diag_first, 0))
-        bottom = jnp.where(last > diag_last, jnp.maximum(bottom, cut), bottom)
-    plain = mine.full_first < mine.full_last
-    plain_first = jnp.where(plain, jnp.clip(step(mine.full_last - 1), step_first, step_last), step_last)
-    plain_last = jnp.where(plain, jnp.clip(step(bottom) + 1, plain_first, step_last), step_last)
-
-    part = jnp.broadcast_to(jnp.arange(parts, dtype=jnp.int32)[:, None, None], number.shape)
-    head = jnp.concatenate([steps, diag, diag_last, base, part // splits, number, part, jnp.zeros_like(part)], axis=-1)
-    walks = jnp.stack([step_first, step_last, plain_first, plain_last], axis=-1)
-    walks = jnp.pad(walks, [(0, 0)] * 3 + [(0, PER_GROUP - walks.shape[-1])]).reshape(parts, tiles, -1)
-    table = jnp.concatenate([head, walks], axis=-1).astype(jnp.int32).reshape(parts * tiles, -1)
-    return jnp.pad(table, [(0, 0), (0, ENTRIES - table.shape[1])])
 
 
 class _Call(NamedTuple):
@@ -277,13 +148,7 @@ class _Program:
         return there_and_back(self.number, self.call.programs, self.call.items)
 
     def block(self, step: Any, diag: Any, diag_last: Any, base: Any) -> Any:
-        """The key block of a step."""
-        block = base - step
-        if self.call.own == "none":
-            return block
-        if self.call.own == "same":
-            block = block - jnp.where(block < diag_last, diag, 0)
-        return jnp.where(step < diag, diag_last - 1 - step, block)
+        return key_block(self.call.own, step, diag, diag_last, base)
 
     def slot(self, count: Any) -> Any:
         return lax.rem(count, jnp.int32(self.call.blocks.stages))

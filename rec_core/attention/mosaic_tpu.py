@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from rec_core.attention.mosaic_tpu_kernels import LANES, LOG2_E, Plan, count, forward_kernel, key_kernel, query_kernel
 from rec_core.attention.schedule import key_schedule, schedule
-from rec_core.attention.xla import _same_varying
+from rec_core.attention.xla import same_varying
 
 if TYPE_CHECKING:
     from rec_core.attention.api import Call
@@ -95,7 +95,7 @@ def range_attention_tpu(
         return q, jnp.zeros((batch, heads, rows), jnp.float32)
     chosen = block_sizes(heads // kv_heads, rows, keys)
     plan = Plan(scale, block_q or chosen[0], block_k or chosen[1], heads, kv_heads, width, interpret)
-    q, k, v, k_self, v_self, k_start, k_end = _same_varying((q, k, v, k_self, v_self, k_start, k_end))
+    q, k, v, k_self, v_self, k_start, k_end = same_varying((q, k, v, k_self, v_self, k_start, k_end))
     start = jnp.clip(k_start, 0, keys).astype(jnp.int32)
     end = jnp.clip(k_end, 0, keys).astype(jnp.int32)
     own = tuple(_pack(x, plan.block_q) for x in (k_self, v_self) if x is not None)

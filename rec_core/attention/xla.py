@@ -75,7 +75,7 @@ def range_attention_xla(
     keys, kv_heads = k.shape[1:3]
     chosen = block_sizes(jax.default_backend(), batch * heads, rows, keys)
     static = _Static(scale, _fit(block_q or chosen[0], rows), _fit(block_k or chosen[1], keys))
-    q, k, v, k_self, v_self, k_start, k_end = _same_varying((q, k, v, k_self, v_self, k_start, k_end))
+    q, k, v, k_self, v_self, k_start, k_end = same_varying((q, k, v, k_self, v_self, k_start, k_end))
 
     blocked = functools.partial(_to_blocks, block=static.block_q)
     start = jnp.clip(k_start, 0, keys).astype(jnp.int32)
@@ -111,7 +111,7 @@ def _to_blocks(x: Array, block: int) -> Array:
     return jnp.moveaxis(x, 2, -2) if x.ndim > 3 else x
 
 
-def _same_varying(args: tuple[Any, ...]) -> tuple[Any, ...]:
+def same_varying(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Inside shard_map, lets all arrays vary over the union of their mesh axes, as the carries of loops must agree.
 
     Adding a zero that varies does it by JAX's own promotion, whose transpose sums the gradient of a shared array.

@@ -20,6 +20,7 @@ from rec_core.attention import ranges_from_segments
 from rec_core.attention.api import Call
 from rec_core.attention.blocks import Backward, Forward
 from rec_core.attention.mosaic_gpu import range_attention_mosaic_gpu, split_number, supports
+from rec_core.attention.mosaic_gpu_plan import plan
 from rec_core.attention.reference import range_attention_reference
 
 SMALL = Forward(block_k=64)
@@ -32,7 +33,7 @@ BATCH, ROWS, KEYS = 2, 500, 500  # tiles of 3 x 64 rows: two whole ones and 116 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def planned(start, end, blocks, own, splits):
-    return kernel.plan(start, end, KEYS, blocks, own, splits=splits)
+    return plan(start, end, KEYS, blocks, own, splits=splits)
 
 
 @st.composite
@@ -112,9 +113,7 @@ def test_each_warpgroup_visits_what_its_rows_see_once_and_masks_what_they_see_in
 
 def test_parts_of_a_long_range_are_even():
     zero = jnp.zeros((1, 64), jnp.int32)
-    made = jax.jit(lambda end: kernel.plan(zero, end, 4096, Forward(groups=1), "none", splits=4, ordered=False))(
-        zero + 4000
-    )
+    made = jax.jit(lambda end: plan(zero, end, 4096, Forward(groups=1), "none", splits=4, ordered=False))(zero + 4000)
     assert made.table[:, 0].tolist() == [8, 8, 8, 8] and made.order.tolist() == [0, 1, 2, 3]
 
 
