@@ -123,8 +123,10 @@ def _cudnn_packed(case: Case, q: Array, k: Array, v: Array) -> Array:
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     lengths = jnp.tile(jnp.asarray(case.segments, jnp.int32), (case.batch, 1))
-    ends = np.concatenate([[0], np.cumsum(case.segments)])
-    offsets = jnp.tile(jnp.asarray(ends, jnp.int32), (case.batch, 1))
+    # Where each user begins, and -1 for the end of a row: JAX leaves out what is below 0 and strings the rows together,
+    # so that with the end of each row in between every later user would stand one place too far.
+    starts = np.concatenate([[0], np.cumsum(case.segments)[:-1], [-1]])
+    offsets = jnp.tile(jnp.asarray(starts, jnp.int32), (case.batch, 1))
     mask = fused.MaskType.PADDING_CAUSAL
     scale = case.width**-0.5
     return fused.dot_product_attention(
