@@ -106,10 +106,16 @@ class Net(nn.Module):
         dense: Float[Array, "B F"] | None,
         time: Float[Array, "B T"] | None,
         deterministic: bool = True,
+        encoded: Any = None,
     ) -> Float[Array, "B tasks"]:
+        """``encoded``: what the interest module made of the sequence before, in place of making it."""
         c = self.config
-        interest = INTEREST[c.interest](**dict(c.interest_options), dtype=c.dtype, name="interest")
-        parts = [interest(target, sequence, mask, time=time), user, target, context]
+        interest = _interest(c, name="interest")
+        if encoded is None:
+            read = interest(target, sequence, mask, time=time)
+        else:
+            read = interest.read(encoded, target)
+        parts = [read, user, target, context]
         if dense is not None:
             dense = jnp.sign(dense) * jnp.log1p(jnp.abs(dense))
             parts.append(nn.Dense(c.dense_width, dtype=c.dtype, name="dense")(dense))
@@ -196,8 +202,8 @@ def loss(
 def score(params: Any, batch: Batch, config: Config, *, chunk: int = 32) -> Float[Array, "B C"]:
     """Logits of C candidates for each request: `[B, C]`, or `[B, C, tasks]` for several tasks.
 
-    User and behaviours are embedded once a request and never repeated; `chunk` candidates go through the interest
-    module and the MLP at a time. Label and weight are not read.
+    User and behaviours are embedded, and the behaviours encoded, once a request and never repeated; `chunk` candidates
+    are read by the interest module and go through the MLP at a time. Label and weight are not read.
     """
     shape = next(iter(batch.target.values())).shape
     if len(shape) != 2:
@@ -212,6 +218,13 @@ def score(params: Any, batch: Batch, config: Config, *, chunk: int = 32) -> Floa
         dense = jnp.broadcast_to(given if given.ndim == 3 else given[:, None], (*shape, config.dense)).swapaxes(0, 1)
     tables = params["tables"]
     shared = _embed(tables, batch, config, target=False)
+    encoded = _interest(config).apply(
+        {"params": params["net"].get("interest", {})},
+        shared["sequence"],
+        shared["mask"],
+        time=shared["time"],
+        method="encode",
+    )
 
     def one(candidate: dict[str, Any]) -> Array:
         part = replace(batch, target=candidate["target"], context=candidate["context"])
@@ -219,7 +232,7 @@ def score(params: Any, batch: Batch, config: Config, *, chunk: int = 32) -> Floa
             "target": embedding.embed(tables, config.item_features, part.target),
             "context": _context(tables, part, config),
         }
-        logits: Any = Net(config).apply({"params": params["net"]}, **vectors, dense=candidate["dense"])
+        logits: Any = Net(config).apply({"params": params["net"]}, **vectors, dense=candidate["dense"], encoded=encoded)
         return logits
 
     candidates = {
@@ -313,6 +326,10 @@ def example(batch_size: int = 8, seed: int = 0) -> tuple[Config, Batch]:
         weight=np.ones(batch_size, np.float32),
         time=np.sort(draw.exponential(1e5, (batch_size, length)).astype(np.float32))[:, ::-1].copy(),
     )
+
+
+def _interest(config: Config, **options: Any) -> Any:
+    return INTEREST[config.interest](**dict(config.interest_options), dtype=config.dtype, **options)
 
 
 def _context(tables: Mapping[str, Any], batch: Batch, config: Config) -> Array | None:

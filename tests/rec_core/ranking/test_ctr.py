@@ -105,6 +105,25 @@ def test_candidates_of_a_request_are_scored_as_one_by_one():
         ctr.score(PARAMS, BATCH, CONFIG)
 
 
+@pytest.mark.parametrize("interest", ["dien", "mimn", "eta"])
+def test_behaviors_are_encoded_once_for_all_candidates_of_a_request(monkeypatch, interest):
+    config = dataclasses.replace(CONFIG, interest=interest, interest_options=())
+    params = jax.jit(ctr.init, static_argnums=1)(jax.random.key(0), config)
+    target = {name: np.stack([values, values[::-1]], axis=1) for name, values in BATCH.target.items()}
+    request = dataclasses.replace(BATCH, target=target)
+    alone = jax.jit(ctr.apply, static_argnums=2)(params, BATCH, config)
+    member, encoded = ctr.INTEREST[interest], []
+
+    class Counted(member):
+        def encode(self, *arguments, **options):
+            encoded.append(self)
+            return super().encode(*arguments, **options)
+
+    monkeypatch.setitem(ctr.INTEREST, interest, Counted)
+    np.testing.assert_allclose(ctr.score(params, request, config, chunk=1)[:, 0], alone, rtol=1e-4, atol=1e-5)
+    assert len(encoded) == 1
+
+
 def test_scoring_does_not_repeat_the_sequence():
     config = ctr.Config(
         item_features=(Categorical("item", 1000, 32),), hidden=(8,), interest_options=(("hidden", (4,)),)
