@@ -301,7 +301,7 @@ def test_two_results_compare_on_the_command_line(outcome, capsys):
     [
         (["--only", "diagonal"], "only='diagonal' names no case; the cases are causal_a,"),
         (["--repeats", "2"], "repeats is 2; give 3 or more"),
-        (["--implementations", "cuda"], "implementations names 'cuda'; there are xla"),
+        (["--implementations", "cuda"], "implementations names 'cuda'; there are mosaic_gpu, "),
         (["--limit", "0"], "limit is 0.0"),
     ],
 )

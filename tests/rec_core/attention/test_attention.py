@@ -367,7 +367,10 @@ def test_errors_say_what_is_wrong():
         range_attention(q, k, v, ranges[0], ranges[1].astype(jnp.float32), self_term=False)
     with pytest.raises(ValueError, match="v has dtype bfloat16 and q float32"):
         range_attention(q, k, v.astype(jnp.bfloat16), *ranges, self_term=False)
-    with pytest.raises(ValueError, match="implementation='flash' is unknown; choose None or one of xla, reference"):
+    with pytest.raises(
+        ValueError,
+        match="implementation='flash' is unknown; choose None or one of mosaic_gpu, ",
+    ):
         range_attention(q, k, v, *ranges, self_term=False, implementation="flash")
 
 
