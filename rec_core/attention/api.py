@@ -4,9 +4,9 @@ Row i of a query array sees the keys ``[k_start_i, k_end_i)`` and itself. That c
 rows, grouped queries, queries against a cached prefix, and (without the self term) bidirectional attention.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,8 +136,10 @@ def range_attention(
         implementation,
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    call = _on_each_device if IMPLEMENTATIONS[name].opaque else _directly
-    out, lse = call(IMPLEMENTATIONS[name].function, q, k, v, k_start, k_end, k_self, v_self, scale=scale)
+    function = IMPLEMENTATIONS[name].function
+    if IMPLEMENTATIONS[name].opaque:
+        function = functools.partial(_on_each_device, function)
+    out, lse = function(q, k, v, k_start, k_end, k_self, v_self, scale=scale)
     return (out, lse) if return_lse else out
 
 
@@ -181,10 +183,6 @@ def merge(
     share1, share2 = (jnp.swapaxes(w / total, 1, 2)[..., None] for w in (weight1, weight2))
     out = (out1 * share1 + out2 * share2).astype(out1.dtype)
     return out, jnp.where(some, top + jnp.log(total), -jnp.inf)
-
-
-def _directly(function: Callable[..., tuple[Array, Array]], *arrays: Any, scale: float) -> tuple[Array, Array]:
-    return function(*arrays, scale=scale)
 
 
 def _on_each_device(
