@@ -186,6 +186,31 @@ def check_features(where: str, specs: Iterable[Feature], raw: Mapping[str, Any],
                 _check_int32(label, values)
 
 
+def check_mask(name: str, mask: Any) -> tuple[int, int]:
+    """The shape of a bool mask `[B, T]` with at least one example and one slot, or a ValueError."""
+    if np.ndim(mask) != 2 or 0 in np.shape(mask):
+        raise ValueError(f"{name}: shape {np.shape(mask)}, must be [B, T] with at least one example and one slot")
+    if np.asarray(mask).dtype != bool:
+        raise ValueError(f"{name}: must be bool, got {np.asarray(mask).dtype}")
+    rows, slots = np.shape(mask)
+    return rows, slots
+
+
+def check_labels(label: Any, weight: Any, size: int, tasks: int = 1) -> None:
+    """Labels `[size]` (`[size, tasks]` for several tasks) in [0, 1] and weights `[size]` of at least 0, all finite."""
+    label, weight = np.asarray(label), np.asarray(weight)
+    check_shape("label", label, (size,) if tasks == 1 else (size, tasks))
+    check_shape("weight", weight, (size,))
+    for name, values, wrong, rule in (
+        ("label", label, (label < 0) | (label > 1), "in [0, 1]"),
+        ("weight", weight, weight < 0, "at least 0"),
+    ):
+        check_not_nan(name, values, finite=True)
+        if wrong.any():
+            row = np.argwhere(wrong)[0]
+            raise ValueError(f"{name}: {values[tuple(row)]} at row {row[0]} must be {rule}")
+
+
 def _check_int32(name: str, values: np.ndarray) -> None:
     if values.dtype.kind not in "iu":
         raise ValueError(f"{name}: hashed fields are integers, got {values.dtype}; see rec_core.features.stable_ids")

@@ -7,7 +7,7 @@ Float features (`dense`, such as LUM's answers) pass `sign(x) log(1 + |x|)`, whi
 values as they are, and a linear layer of their own. A layer norm would not do: it erases the size of a single feature.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rec_core import embedding, losses
 from rec_core.embedding import Categorical, Continuous, Cross, Feature, Hashed
-from rec_core.features import check_features, check_not_nan, check_shape
+from rec_core.features import check_features, check_labels, check_mask, check_not_nan, check_shape
 from rec_core.interest import INTEREST, Dice
 from rec_core.sharding import constrain
 
@@ -115,15 +115,37 @@ class Net(nn.Module):
             read = interest(target, sequence, mask, time=time)
         else:
             read = interest.read(encoded, target)
-        parts = [read, user, target, context]
+        return Head(c.hidden, c.dropout, c.tasks, c.dense_width, c.dtype, name="head")(
+            [read, user, target, context], dense, deterministic
+        )
+
+
+class Head(nn.Module):
+    """The MLP over what is known of an impression: parts side by side, float features through a layer of their own."""
+
+    hidden: tuple[int, ...]
+    dropout: float = 0.0
+    tasks: int = 1
+    dense_width: int = 32
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self,
+        parts: Sequence[Float[Array, "B _"] | None],
+        dense: Float[Array, "B F"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "B tasks"]:
+        """Logits, float32. Parts that are None are left out."""
+        given = [part for part in parts if part is not None]
         if dense is not None:
             dense = jnp.sign(dense) * jnp.log1p(jnp.abs(dense))
-            parts.append(nn.Dense(c.dense_width, dtype=c.dtype, name="dense")(dense))
-        x = jnp.concatenate([part.astype(c.dtype) for part in parts if part is not None], axis=-1)
-        for i, units in enumerate(c.hidden):
-            x = Dice(c.dtype, name=f"dice_{i}")(nn.Dense(units, dtype=c.dtype, name=f"mlp_{i}")(x))
-            x = nn.Dropout(c.dropout)(x, deterministic=deterministic)
-        return nn.Dense(c.tasks, dtype=jnp.float32, name="logit")(x.astype(jnp.float32))
+            given.append(nn.Dense(self.dense_width, dtype=self.dtype, name="dense")(dense))
+        x = jnp.concatenate([part.astype(self.dtype) for part in given], axis=-1)
+        for i, units in enumerate(self.hidden):
+            x = Dice(self.dtype, name=f"dice_{i}")(nn.Dense(units, dtype=self.dtype, name=f"mlp_{i}")(x))
+            x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
+        return nn.Dense(self.tasks, dtype=jnp.float32, name="logit")(x.astype(jnp.float32))
 
 
 def init(key: Array, config: Config) -> dict[str, Any]:
@@ -260,11 +282,7 @@ def check(batch: Batch, config: Config) -> None:
 
     A row without any behaviour is legal: a new user.
     """
-    if np.ndim(batch.mask) != 2 or 0 in np.shape(batch.mask):
-        raise ValueError(f"mask: shape {np.shape(batch.mask)}, must be [B, T] with at least one example and one slot")
-    size, length = np.shape(batch.mask)
-    if np.asarray(batch.mask).dtype != bool:
-        raise ValueError(f"mask: must be bool, got {np.asarray(batch.mask).dtype}")
+    size, length = check_mask("mask", batch.mask)
     check_features("user", config.user_features, batch.user, (size,))
     check_features("target", config.item_features, batch.target, (size,))
     check_features("sequence", config.item_features, batch.sequence, (size, length))
@@ -273,19 +291,7 @@ def check(batch: Batch, config: Config) -> None:
         raise ValueError(f"context: field {missing[0]!r} is missing; present: {sorted(batch.context)}")
     together = {**batch.user, **batch.target, **batch.context}
     check_features("context", config.context_features, together, (size,))
-    label = np.asarray(batch.label)
-    check_shape("label", label, (size,) if config.tasks == 1 else (size, config.tasks))
-    check_not_nan("label", label, finite=True)
-    check_shape("weight", batch.weight, (size,))
-    check_not_nan("weight", batch.weight, finite=True)
-    for name, values, wrong in (
-        ("label", label, (label < 0) | (label > 1)),
-        ("weight", np.asarray(batch.weight), np.asarray(batch.weight) < 0),
-    ):
-        if wrong.any():
-            row = np.argwhere(wrong)[0]
-            rule = "in [0, 1]" if name == "label" else "at least 0"
-            raise ValueError(f"{name}: {values[tuple(row)]} at row {row[0]} must be {rule}")
+    check_labels(batch.label, batch.weight, size, config.tasks)
     if config.dense and batch.dense is None:
         raise ValueError(f"dense: missing, config.dense asks for {config.dense} float features")
     if batch.dense is not None:

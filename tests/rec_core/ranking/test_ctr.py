@@ -60,11 +60,11 @@ def numpy_logit(params, batch, row):
         x = np.concatenate([q, k, q - k, q * k]) @ unit["kernel_0"] + unit["bias_0"]
         x = dice(dense(unit["dense_1"], dice(x, unit["dice_0"]["alpha"])), unit["dice_1"]["alpha"])
         interest = interest + dense(unit["score"], x) * k
-    extra = dense(net["dense"], np.sign(batch.dense[row]) * np.log1p(np.abs(batch.dense[row])))
+    extra = dense(net["head"]["dense"], np.sign(batch.dense[row]) * np.log1p(np.abs(batch.dense[row])))
     x = np.concatenate([interest, e_u, q, e_o, extra])
     for i in range(2):
-        x = dice(dense(net[f"mlp_{i}"], x), net[f"dice_{i}"]["alpha"])
-    return dense(net["logit"], x)[0]
+        x = dice(dense(net["head"][f"mlp_{i}"], x), net["head"][f"dice_{i}"]["alpha"])
+    return dense(net["head"]["logit"], x)[0]
 
 
 @pytest.mark.portable
