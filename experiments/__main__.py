@@ -8,7 +8,17 @@ from typing import Any
 
 import tyro
 
-from experiments import attention_bench, attention_tune, data_bench, progress, quickstart, readme, results
+from experiments import (
+    attention_bench,
+    attention_tune,
+    data_bench,
+    progress,
+    quickstart,
+    readme,
+    results,
+    sim_lifelong,
+    sim_lifelong_models,
+)
 from experiments.datasets import Data, load
 
 
@@ -34,6 +44,7 @@ class Readme:
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "quickstart": (quickstart.Quickstart, quickstart.run),
+    "sim-lifelong": (sim_lifelong_models.SimLifelong, sim_lifelong.run),
     "attention-bench": (attention_bench.AttentionBench, attention_bench.run),
     "attention-tune": (attention_tune.AttentionTune, attention_tune.run),
     "data-bench": (data_bench.DataBench, data_bench.run),

@@ -31,8 +31,8 @@ from rec_core.optimizers import EarlyStopping, TrainConfig
 from rec_core.sharding import batch_sharding, constrain, make_mesh, path_name, put_batch, replicated, shardings
 
 __all__ = [
-    "DivergedError", "EarlyStopping", "Result", "State", "TrainConfig", "fit", "init_state", "make_step", "pmap_step",
-    "value_and_grad",
+    "DivergedError", "EarlyStopping", "Result", "State", "TrainConfig", "advance", "fit", "init_state", "make_step",
+    "pmap_step", "value_and_grad",
 ]  # fmt: skip
 
 RUN_AHEAD = 2  # steps that may be under way before the host looks at the oldest one's numbers
@@ -178,7 +178,7 @@ def _jitted_step(model: Any, config: Any, train: TrainConfig, mesh: Mesh | Abstr
 
     def step(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         with jax.sharding.use_abstract_mesh(mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh):
-            return _advance(model, config, train, state, batch, mesh=mesh)
+            return advance(model, config, train, state, batch, mesh=mesh)
 
     return jax.jit(
         step,
@@ -193,11 +193,11 @@ def pmap_step(model: Any, config: Any, train: TrainConfig) -> Any:
 
     The state goes in and comes out whole (every device holds all of it).
     """
-    step = partial(_advance, model, config, train, axis_name="data")
+    step = partial(advance, model, config, train, axis_name="data")
     return jax.pmap(step, axis_name="data", in_axes=(None, 0), out_axes=None)
 
 
-def _advance(
+def advance(
     model: Any,
     config: Any,
     train: TrainConfig,
@@ -207,6 +207,8 @@ def _advance(
     axis_name: str | None = None,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> tuple[State, dict[str, Any]]:
+    """One step, pure: what `make_step` and `pmap_step` compile, for loops of one's own (a scan over steps, a vmap over
+    seeds). Metrics as in `make_step`; ``mesh`` lays the gradients out."""
     key = step_key(state.seed, state.step)
     params = state.params
     if train.sparse_tables:
