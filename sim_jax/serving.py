@@ -7,12 +7,13 @@ compiler. Search is the tree's, so the model is one of `Config.search` "hard" or
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Protocol
+from functools import cached_property, partial
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Array, Float32, Int, Int32
 
 from rec_core import embedding
 from rec_core.data.schema import Ragged
@@ -23,7 +24,7 @@ from sim_jax.model import score
 from sim_jax.tree_blocks import Found
 from sim_jax.tree_keys import Distinct, ItemKeys, distinct, union
 
-type Fields = dict[str, np.ndarray]
+_GAPS = 8  # ids up to so many times the number of items are looked up directly
 
 
 class Tree(Protocol):
@@ -76,7 +77,7 @@ class ItemFields:
     """The model's item fields by raw item id; an unknown item has the id that is kept for it in every field."""
 
     item: Int[np.ndarray, " m"]  # rising
-    fields: Fields  # each [m]
+    fields: Mapping[str, np.ndarray]  # each [m]
 
     def __post_init__(self) -> None:
         if (np.diff(self.item) <= 0).any():
@@ -85,10 +86,27 @@ class ItemFields:
         if wrong or not len(self.item):
             raise ValueError(f"ItemFields: {wrong or 'item'} must have a value for each of {len(self.item)} items")
 
-    def __call__(self, ids: Int[np.ndarray, "..."]) -> Fields:
+    def tables(self) -> dict[str, Int32[np.ndarray, " m+1"]]:
+        """Each field by place: the unknown item's first, then the items'."""
+        return {name: np.concatenate([[UNKNOWN], x]).astype(np.int32) for name, x in self.fields.items()}
+
+    def places(self, ids: Int[np.ndarray, "..."]) -> Int32[np.ndarray, "..."]:
+        """Where the items stand in `tables`."""
+        if self._direct is not None:  # ids that leave few gaps: one access an id, where a search takes seventeen
+            inside = ids - self.item[0]
+            known = (inside >= 0) & (inside < len(self._direct))
+            return np.where(known, self._direct.take(inside, mode="clip"), 0)
         place = np.minimum(np.searchsorted(self.item, ids), len(self.item) - 1)
-        known = self.item[place] == ids
-        return {name: np.where(known, x[place], UNKNOWN).astype(np.int32) for name, x in self.fields.items()}
+        return np.where(self.item[place] == ids, place + 1, 0).astype(np.int32)
+
+    @cached_property
+    def _direct(self) -> Int32[np.ndarray, " span"] | None:
+        span = int(self.item[-1]) - int(self.item[0]) + 1
+        if span > _GAPS * len(self.item):
+            return None
+        direct = np.zeros(span, np.int32)
+        direct[self.item - self.item[0]] = np.arange(1, len(self.item) + 1)
+        return direct
 
 
 class Ranker:
@@ -124,9 +142,9 @@ class Ranker:
             raise ValueError(f"items gives {sorted(items.fields)}; the item features also read {missing}")
         self.config, self.tree, self.keys, self.items = config, tree, keys, items
         self.buckets = buckets or Buckets()
-        self._params = jax.device_put(params)
+        self._held = jax.device_put((params, items.tables()))
         model = replace(config, search="none")
-        self._score: Callable[..., Any] = jax.jit(partial(score, config=model, chunk=max(self.buckets.candidates)))
+        self._score: Callable[..., Any] = jax.jit(partial(_scores, config=model, chunk=self.buckets.candidates[-1]))
 
     def warm_up(self) -> int:
         """Compiles every pair of sizes and returns how many there are. Until then first requests wait."""
@@ -194,35 +212,74 @@ class Ranker:
         size = next(size for size in self.buckets.candidates if size >= n)
         keys = next(size for size in self.buckets.keys if size > len(found.count))
 
-        def fill(x: Any, length: int, axis: int = 0) -> np.ndarray:
-            x = np.asarray(x)
-            return np.pad(x, [(0, length - x.shape[axis]) if i == axis else (0, 0) for i in range(x.ndim)])
-
         recent = np.asarray(ask.recent)[np.asarray(ask.recent_time) < ask.time][-self.buckets.recent :]
-        mask = np.zeros(self.buckets.recent, bool)
-        mask[: len(recent)] = True
-        long_mask = fill(found.mask, keys)
-        age = np.where(found.mask, ask.time - found.time, 0).astype(np.float32)
-        fields = embedding.fields(c.item_features)
-        long, short, target = self.items(found.item), self.items(recent), self.items(ask.candidates)
-        request = Request(
-            target={name: fill(target[name], size)[None] for name in fields},
-            sequence={name: fill(short[name], self.buckets.recent)[None] for name in fields},
-            mask=mask[None],
-            # The tree answers newest first; the model reads oldest first.
-            long={name: fill(np.where(found.mask, long[name], 0), keys)[None, :, ::-1] for name in fields},
-            long_mask=long_mask[None, :, ::-1],
-            place=fill(place, size)[None].astype(np.int32),
-            long_time=fill(age, keys)[None, :, ::-1],
-            user={name: np.asarray(x)[None] for name, x in ask.user_features.items()},
-            context={name: self._context(x, n, size) for name, x in ask.context.items()},
-            dense=fill(ask.dense, size)[None] if c.dense else None,
+        sent = Sent(
+            target=_filled(self.items.places(ask.candidates), size),
+            place=_filled(place, size),
+            recent=_filled(self.items.places(recent), self.buckets.recent),
+            recent_count=np.int32(len(recent)),
+            found=_filled(self.items.places(found.item), keys),
+            found_age=_filled(ask.time - found.time, keys),
+            found_count=_filled(found.count, keys),
         )
-        scores: np.ndarray = np.asarray(self._score(self._params, request))[0, :n]
+        user = {name: np.asarray(x)[None] for name, x in ask.user_features.items()}
+        context = {name: _filled(np.broadcast_to(x, n), size)[None] for name, x in ask.context.items()}
+        dense = _filled(ask.dense, size)[None] if c.dense else None
+        scores: np.ndarray = np.asarray(self._score(*self._held, sent, user, context, dense))[:n]
         return scores
 
-    @staticmethod
-    def _context(x: Any, n: int, size: int) -> np.ndarray:
-        """One shape, so that one compiled call serves a number for all candidates and a number each."""
-        x = np.broadcast_to(np.asarray(x), (n,))
-        return np.pad(x, (0, size - n))[None]
+
+class Sent(NamedTuple):
+    """What goes to the device: places of items, which stand there as tables, and counts in the place of masks."""
+
+    target: Int32[Any, " C"]
+    place: Int32[Any, " C"]
+    recent: Int32[Any, " S"]
+    recent_count: Int32[Any, ""]
+    found: Int32[Any, "n K"]  # newest first, as the tree answers
+    found_age: Int32[Any, "n K"]  # seconds
+    found_count: Int32[Any, " n"]
+
+
+def _scores(
+    params: Any,
+    tables: Mapping[str, Array],
+    sent: Sent,
+    user: Mapping[str, Array],
+    context: Mapping[str, Array],
+    dense: Array | None,
+    *,
+    config: Config,
+    chunk: int,
+) -> Float32[Array, " C"]:
+    mask = jnp.arange(sent.recent.shape[0]) < sent.recent_count
+    found_mask = jnp.arange(sent.found.shape[1]) < sent.found_count[:, None]
+
+    def fields(place: Array, mask: Array | None = None) -> dict[str, Array]:
+        found = {name: table[place] for name, table in tables.items()}
+        return found if mask is None else {name: jnp.where(mask, x, embedding.PAD) for name, x in found.items()}
+
+    def oldest_first(x: Array) -> Array:
+        return x[None, :, ::-1]
+
+    request = Request(
+        target=jax.tree.map(lambda x: x[None], fields(sent.target)),
+        sequence=jax.tree.map(lambda x: x[None], fields(sent.recent, mask)),
+        mask=mask[None],
+        long=jax.tree.map(oldest_first, fields(sent.found, found_mask)),
+        long_mask=oldest_first(found_mask),
+        place=sent.place[None],
+        long_time=oldest_first(sent.found_age.astype(jnp.float32)),
+        user=user,
+        context=context,
+        dense=dense,
+    )
+    return score(params, request, config, chunk=chunk)[0]
+
+
+def _filled(x: Any, length: int) -> np.ndarray:
+    """x with zeros up to a length; integers as int32."""
+    x = np.asarray(x)
+    filled = np.zeros((length, *x.shape[1:]), np.int32 if np.issubdtype(x.dtype, np.integer) else x.dtype)
+    filled[: len(x)] = x
+    return filled

@@ -31,6 +31,12 @@ PARAMS = jax.jit(sim_jax.init, static_argnums=1)(jax.random.key(0), CONFIG)
 RAW = np.arange(2, ITEMS) * 1000 + 7  # raw ids are not the model's
 CATEGORY = (2 + np.arange(2, ITEMS) % 5).astype(np.int32)
 FIELDS = ItemFields(RAW, {"item": np.arange(2, ITEMS), "category": CATEGORY})
+
+
+def fields_of(ids):
+    return {name: table[FIELDS.places(ids)] for name, table in FIELDS.tables().items()}
+
+
 RNG = np.random.default_rng(0)
 EVENTS = RNG.integers(0, ITEMS - 2, 60)
 TIME = np.sort(RNG.integers(1000, 9000, 60))
@@ -59,7 +65,7 @@ def one_by_one(request, keys=KEYS):
         def pad(index, size):
             mask = np.arange(size) < len(index)
             fields = {name: np.zeros((1, size), np.int32) for name in ("item", "category")}
-            for name, x in FIELDS(LOG.item[index]).items():
+            for name, x in fields_of(LOG.item[index]).items():
                 fields[name][0, : len(index)] = x
             return fields, mask[None]
 
@@ -69,7 +75,7 @@ def one_by_one(request, keys=KEYS):
         age[0, : len(found)] = request.time - LOG.time[found]
         hour = np.broadcast_to(request.context["hour"], len(request.candidates))[position]
         batch = sim_jax.Batch(
-            target=FIELDS(np.array([candidate])),
+            target=fields_of(np.array([candidate])),
             sequence=sequence,
             mask=mask,
             long=long,
@@ -107,6 +113,14 @@ def test_a_request_gets_the_models_numbers_and_waits_for_no_compiler(ranker):
         np.testing.assert_allclose(ranker.rank(request), one_by_one(request), rtol=1e-4, atol=1e-5)
     assert ranker.rank(ask(RAW[:0])).shape == (0,)
     assert ranker._score._cache_size() == 4
+
+
+@pytest.mark.parametrize("gap", [1, 3, 1000])
+def test_items_are_found_by_their_raw_ids_and_strangers_are_unknown(gap):
+    ids = 5 + gap * np.array([0, 1, 3, 4])
+    items = ItemFields(ids, {"item": np.array([7, 8, 9, 6])})
+    asked = np.array([[ids[0], ids[3], ids[2]], [ids[1] + (gap > 1), 4, 10**15]])
+    np.testing.assert_array_equal(items.tables()["item"][items.places(asked)], [[7, 6, 9], [1 if gap > 1 else 8, 1, 1]])
 
 
 def test_several_keys_of_an_item_are_searched_together():
