@@ -4,7 +4,8 @@ All members are Flax linen modules with one face and a `dtype` (of the computati
 
     module(target, sequence, mask, *, time=None) -> [B, d_out]
 
-- `target`: `[B, d]`, one query for the whole sequence, or `[B, T, d]`, one query per item (as ADS generates them).
+- `target`: `[B, d]`, one query for the whole sequence, or `[B, T, d]`, one query per item (as ADS generates them), or
+  `[B, G, d]`, one per T / G neighbouring items. DIN, multi-head and CAN do not repeat it; the others do.
 - `sequence`: `[B, T, d]`, the behaviours' vectors, in the same space as the target, oldest first.
 - `mask`: `[B, T]`, true where there is a behaviour, padding anywhere. What stands at padding does not matter; rows of
   padding only give zeros.

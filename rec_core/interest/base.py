@@ -28,14 +28,14 @@ class Interest(nn.Module, kw_only=True):
 
     def __call__(
         self,
-        target: Float[Array, "B d"] | Float[Array, "B T d"],
+        target: Float[Array, "B d"] | Float[Array, "B G d"],
         sequence: Float[Array, "B T d"],
         mask: Bool[Array, "B T"],
         *,
         time: Float[Array, "B T"] | None = None,
     ) -> Float[Array, "B d_out"]:
         check_shapes(target, sequence, mask, time)
-        if target.ndim == sequence.ndim:
+        if target.shape[:-1] == mask.shape:
             target = jnp.where(mask.astype(bool)[..., None], target, 0)
         return self.read(self.encode(sequence, mask, time=time), target)
 
@@ -50,8 +50,8 @@ class Interest(nn.Module, kw_only=True):
         mask = mask.astype(bool)
         return Behaviors(jnp.where(mask[..., None], sequence, 0).astype(self.dtype), mask)
 
-    def read(self, encoded: Any, target: Float[Array, "B d"] | Float[Array, "B T d"]) -> Float[Array, "B d_out"]:
-        """The interest in the target, from what `encode` gave."""
+    def read(self, encoded: Any, target: Float[Array, "B d"] | Float[Array, "B G d"]) -> Float[Array, "B d_out"]:
+        """The interest in the target, from what `encode` gave. Of G queries each is of T / G neighbouring slots."""
         raise NotImplementedError(f"{type(self).__name__} defines no read(encoded, target); every member does")
 
     def auxiliary(self, encoded: Any, negatives: Float[Array, "B T d"] | None = None) -> dict[str, losses.Sum]:
@@ -66,7 +66,7 @@ class Interest(nn.Module, kw_only=True):
 def candidates(
     module: nn.Module,
     params: Any,
-    targets: Float[Array, "B C d"] | Float[Array, "B C T d"],
+    targets: Float[Array, "B C d"] | Float[Array, "B C G d"],
     sequence: Float[Array, "B T d"],
     mask: Bool[Array, "B T"],
     *,
@@ -77,12 +77,12 @@ def candidates(
 
     Args:
       module, params: a member and its variables, as for `module.apply(params, ...)`.
-      targets: one query a candidate, or one per candidate and item.
+      targets: one query a candidate, or G a candidate, each of T / G neighbouring items (T: one an item).
       sequence, mask, time: one sequence a request.
       chunk: candidates at a time; memory grows with it.
     """
     if targets.ndim not in (3, 4):
-        raise ValueError(f"targets has shape {targets.shape}, must be [B, C, d] or [B, C, T, d]")
+        raise ValueError(f"targets has shape {targets.shape}, must be [B, C, d] or [B, C, G, d]")
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}, must be at least 1")
     check_shapes(targets[:, 0], sequence, mask, time)
@@ -116,6 +116,24 @@ def newest_top_k(
     return position, jnp.take_along_axis(mask, position, axis=-1)
 
 
+def by_query(
+    target: Float[Array, "B d"] | Float[Array, "B G d"], sequence: Float[Array, "B T d"]
+) -> tuple[Float[Array, "B G d"], Float[Array, "B G T/G d"]]:
+    """Queries, and the sequence cut into the T / G neighbouring slots of each; a shared query has G = 1."""
+    queries = target[:, None] if target.ndim == 2 else target
+    size, length, *rest = sequence.shape
+    return queries, sequence.reshape(size, queries.shape[1], length // queries.shape[1], *rest)
+
+
+def per_item(
+    target: Float[Array, "B d"] | Float[Array, "B G d"], length: int
+) -> Float[Array, "B d"] | Float[Array, "B T d"]:
+    """Queries of neighbouring slots repeated for each slot; a shared query as it is."""
+    if target.ndim == 2:
+        return target
+    return jnp.repeat(target, length // target.shape[1], axis=1, total_repeat_length=length)
+
+
 def check_shapes(target: Array, sequence: Array, mask: Array, time: Array | None) -> None:
     """ValueError naming array, shape and rule. The width of the target is the member's own to check."""
     if sequence.ndim != 3:
@@ -124,10 +142,13 @@ def check_shapes(target: Array, sequence: Array, mask: Array, time: Array | None
     for name, array in (("mask", mask), ("time", time)):
         if array is not None and array.shape != (size, length):
             raise ValueError(f"{name} has shape {array.shape}, must be {(size, length)} to go with the sequence")
-    if target.shape[:-1] not in ((size,), (size, length)):
+    shared = target.ndim == 2 and len(target) == size
+    grouped = target.ndim == 3 and len(target) == size and target.shape[1] > 0 and length % target.shape[1] == 0
+    if not (shared or grouped):
         raise ValueError(
-            f"target has shape {target.shape}, must be ({size}, d), or ({size}, {length}, d) for one query per item; "
-            "for many candidates of one sequence use rec_core.interest.candidates"
+            f"target has shape {target.shape}, must be ({size}, d), or ({size}, {length}, d) for one query per item, "
+            f"or ({size}, G, d), G a divisor of {length}, for one per {length} / G neighbouring items; for many "
+            "candidates of one sequence use rec_core.interest.candidates"
         )
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from rec_core.interest.base import Behaviors, Interest, check_positive
+from rec_core.interest.base import Behaviors, Interest, by_query, check_positive
 
 
 class CAN(Interest):
@@ -29,7 +29,7 @@ class CAN(Interest):
     generate: bool = True
 
     @nn.compact
-    def read(self, encoded: Behaviors, target: Float[Array, "B d"] | Float[Array, "B T d"]) -> Float[Array, "B d_out"]:
+    def read(self, encoded: Behaviors, target: Float[Array, "B d"] | Float[Array, "B G d"]) -> Float[Array, "B d_out"]:
         check_positive(self, "hidden", "orders")
         sequence, mask = encoded
         size = parameters(sequence.shape[-1], self.hidden)
@@ -41,19 +41,18 @@ class CAN(Interest):
                 f"CAN: target has width {target.shape[-1]}, must be {size}, the parameters of a micro-MLP "
                 f"{(sequence.shape[-1], *self.hidden)}; give it that width, or generate=True"
             )
-        # One micro-MLP a row, or one an item.
-        layer = "bti,bio->bto" if target.ndim == 2 else "bti,btio->bto"
+        induction, grouped = by_query(induction, sequence)  # a micro-MLP a query
         outputs = []
         for order in range(1, self.orders + 1):
-            h, start = sequence**order, 0
+            h, start = grouped**order, 0
             for i, (fan_in, fan_out) in enumerate(pairwise((sequence.shape[-1], *self.hidden))):
                 w, b = jnp.split(induction[..., start : start + (fan_in + 1) * fan_out], [fan_in * fan_out], axis=-1)
-                b = b if target.ndim == 3 else b[:, None]
-                h = jnp.einsum(layer, h, w.reshape(*w.shape[:-1], fan_in, fan_out)) + b
+                h = jnp.einsum("bgti,bgio->bgto", h, w.reshape(*w.shape[:-1], fan_in, fan_out)) + b[:, :, None]
                 h = h if i == len(self.hidden) - 1 else nn.tanh(h)
                 outputs.append(h)
                 start += (fan_in + 1) * fan_out
         # Without the mask a bias would come through at padding.
+        outputs = [h.reshape(*mask.shape, -1) for h in outputs]
         h = jnp.where(mask[..., None], jnp.concatenate(outputs, axis=-1), 0)
         return jnp.sum(h, axis=1, dtype=jnp.float32).astype(self.dtype)
 

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from rec_core import losses
-from rec_core.interest.base import Interest, masked_softmax
+from rec_core.interest.base import Interest, masked_softmax, per_item
 
 
 class Interests(NamedTuple):
@@ -72,7 +72,8 @@ class DIEN(Interest):
         return Interests(sequence, mask, self.extractor(sequence, mask)[1])
 
     @nn.compact
-    def read(self, encoded: Interests, target: Float[Array, "B d"] | Float[Array, "B T d"]) -> Float[Array, "B d"]:
+    def read(self, encoded: Interests, target: Float[Array, "B d"] | Float[Array, "B G d"]) -> Float[Array, "B d"]:
+        target = per_item(target, encoded.mask.shape[1])
         # W takes the target to the states: there are fewer targets than states.
         query = nn.Dense(encoded.states.shape[-1], use_bias=False, dtype=self.dtype, name="attention")(target)
         query = (query if target.ndim == 3 else query[:, None]).astype(jnp.float32)

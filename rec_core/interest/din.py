@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from rec_core.interest.base import Behaviors, Interest, masked_softmax
+from rec_core.interest.base import Behaviors, Interest, by_query, masked_softmax
 
 
 class Dice(nn.Module):
@@ -36,15 +36,14 @@ class DIN(Interest):
     softmax: bool = False
 
     @nn.compact
-    def read(self, encoded: Behaviors, target: Float[Array, "B d"] | Float[Array, "B T d"]) -> Float[Array, "B d"]:
+    def read(self, encoded: Behaviors, target: Float[Array, "B d"] | Float[Array, "B G d"]) -> Float[Array, "B d"]:
         sequence, mask = encoded
-        target = target.astype(self.dtype)
-        query = target if target.ndim == sequence.ndim else target[..., None, :]
+        query, grouped = by_query(target.astype(self.dtype), sequence)
 
-        hidden = Dice(self.dtype, name="dice_0")(self._first_layer(query, sequence))
+        hidden = Dice(self.dtype, name="dice_0")(self._first_layer(query[:, :, None], grouped))
         for i, units in enumerate(self.hidden[1:], start=1):
             hidden = Dice(self.dtype, name=f"dice_{i}")(nn.Dense(units, dtype=self.dtype, name=f"dense_{i}")(hidden))
-        score = nn.Dense(1, dtype=self.dtype, name="score")(hidden)[..., 0].astype(jnp.float32)
+        score = nn.Dense(1, dtype=self.dtype, name="score")(hidden).reshape(mask.shape).astype(jnp.float32)
 
         if self.softmax:
             score = masked_softmax(score, mask)
@@ -52,7 +51,7 @@ class DIN(Interest):
         total = jnp.einsum("...t,...td->...d", weight, sequence, preferred_element_type=jnp.float32)
         return total.astype(self.dtype)
 
-    def _first_layer(self, q: Float[Array, "B 1|T d"], k: Float[Array, "B T d"]) -> Float[Array, "B T units"]:
+    def _first_layer(self, q: Float[Array, "B G 1 d"], k: Float[Array, "B G T/G d"]) -> Float[Array, "B G T/G units"]:
         """`[q, k, q - k, q * k] W + b` without the `[B, T, 4 d]` concatenation: the part of a shared q is computed
         once a row, and for many candidates of one request the part of k once for all."""
         d, units = k.shape[-1], self.hidden[0]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from rec_core.interest.base import Interest, check_positive, newest_top_k
+from rec_core.interest.base import Interest, check_positive, newest_top_k, per_item
 from rec_core.interest.multi_head import MultiHead
 from rec_core.interest.simhash import SimHash, hamming
 
@@ -50,8 +50,9 @@ class ETA(Interest):
         return Hashed(sequence, mask, code)
 
     def read(
-        self, encoded: Hashed, target: Float[Array, "B d"] | Float[Array, "B T d"]
+        self, encoded: Hashed, target: Float[Array, "B d"] | Float[Array, "B G d"]
     ) -> Float[Array, "B heads*width"]:
+        target = per_item(target, encoded.mask.shape[1])
         position, found = self.search(encoded, target)
         nearest = jnp.take_along_axis(encoded.sequence, position[..., None], axis=1)
         if target.ndim == 3:
@@ -59,7 +60,7 @@ class ETA(Interest):
         return self.attention.read(self.attention.encode(nearest, found), target)
 
     def search(
-        self, encoded: Hashed, target: Float[Array, "B d"] | Float[Array, "B T d"]
+        self, encoded: Hashed, target: Float[Array, "B d"] | Float[Array, "B G d"]
     ) -> tuple[Int[Array, "B K"], Bool[Array, "B K"]]:
         """Slots of the nearest behaviours, nearest first, and which of them are behaviours; K is at most T."""
         code = self.hash(target)[..., 0, :]

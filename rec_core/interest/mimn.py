@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from rec_core import losses
-from rec_core.interest.base import Interest, check_positive, check_shapes
+from rec_core.interest.base import Interest, check_positive, check_shapes, per_item
 from rec_core.interest.din import DIN
 
 _SHARP = 2.0  # the authors' factor on the sharpness of addressing
@@ -128,7 +128,7 @@ class MIMN(Interest):
 
     def __call__(
         self,
-        target: Float[Array, "B d"] | Float[Array, "B T d"],
+        target: Float[Array, "B d"] | Float[Array, "B G d"],
         sequence: Float[Array, "B T d"],
         mask: Bool[Array, "B T"],
         *,
@@ -136,6 +136,7 @@ class MIMN(Interest):
     ) -> Float[Array, "B d_out"]:
         check_shapes(target, sequence, mask, time)
         if target.ndim == 3:
+            target = per_item(target, mask.shape[1])
             present = mask.astype(bool)[..., None]
             target = jnp.where(present, target, 0).sum(axis=1) / jnp.maximum(present.sum(axis=1), 1)
         return super().__call__(target, sequence, mask, time=time)
@@ -179,9 +180,9 @@ class MIMN(Interest):
     ) -> Memory:
         return self.update(self.initial_state(len(sequence), sequence.shape[-1]), sequence, mask)
 
-    def read(self, encoded: Memory, target: Float[Array, "B d"]) -> Float[Array, "B d_out"]:
-        if target.ndim != 2:
-            raise ValueError(f"MIMN reads with one query [B, d], got shape {target.shape}; take the queries' mean")
+    def read(self, encoded: Memory, target: Float[Array, "B d"] | Float[Array, "B G d"]) -> Float[Array, "B d_out"]:
+        if target.ndim == 3:  # here nothing is known of padding: the mean of all queries
+            target = target.mean(axis=1)
         target = target.astype(self.dtype)
         parts = [self.cell(encoded, target)[1]]
         if self.induction:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from rec_core.interest.base import Interest, check_positive, masked_softmax
+from rec_core.interest.base import Interest, by_query, check_positive, masked_softmax
 
 
 class Keys(NamedTuple):
@@ -45,11 +45,11 @@ class MultiHead(Interest):
         sequence, mask = super().encode(sequence, mask)
         return Keys(self.key(sequence), self.value(sequence), mask)
 
-    def read(self, encoded: Keys, target: Float[Array, "B d"] | Float[Array, "B T d"]) -> Float[Array, "B heads*width"]:
+    def read(self, encoded: Keys, target: Float[Array, "B d"] | Float[Array, "B G d"]) -> Float[Array, "B heads*width"]:
         key, value, mask = encoded
-        query = self.query(target)
-        queries = "bhw" if query.ndim == 3 else "bthw"
-        score = jnp.einsum(f"{queries},bthw->bht", query, key, preferred_element_type=jnp.float32)
+        queries, keys = by_query(target, key)
+        score = jnp.einsum("bghw,bgthw->bhgt", self.query(queries), keys, preferred_element_type=jnp.float32)
+        score = score.reshape(*score.shape[:2], -1)
         weight = masked_softmax(score * self.width**-0.5, mask[:, None]).astype(self.dtype)
         heads = jnp.einsum("bht,bthw->bhw", weight, value, preferred_element_type=jnp.float32)
         return heads.reshape(len(heads), -1).astype(self.dtype)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rec_core.interest.base import Interest, check_positive
+from rec_core.interest.base import Interest, check_positive, per_item
 from rec_core.interest.simhash import SimHash
 from rec_core.losses import normalize
 
@@ -59,7 +59,8 @@ class SDIM(Interest):
         rounds = jax.lax.map(lambda ids: sums(sequence.astype(jnp.float32), ids), jnp.moveaxis(bucket, -1, 0))
         return Buckets(sequence, mask, bucket, normalize(jnp.moveaxis(rounds, 0, 1)))
 
-    def read(self, encoded: Buckets, target: Float[Array, "B d"] | Float[Array, "B T d"]) -> Float[Array, "B d"]:
+    def read(self, encoded: Buckets, target: Float[Array, "B d"] | Float[Array, "B G d"]) -> Float[Array, "B d"]:
+        target = per_item(target, encoded.mask.shape[1])
         if target.ndim == 3:  # no bucket is the target's: item by item instead of from the table
             hit = self.collisions(encoded, target).astype(self.dtype)
             sums = jnp.einsum("btg,btd->bgd", hit, encoded.sequence, preferred_element_type=jnp.float32)
@@ -74,7 +75,7 @@ class SDIM(Interest):
         return self.hash(x)[..., 0].astype(jnp.int32)
 
     def collisions(
-        self, encoded: Buckets, target: Float[Array, "B d"] | Float[Array, "B T d"]
+        self, encoded: Buckets, target: Float[Array, "B d"] | Float[Array, "B G d"]
     ) -> Bool[Array, "B T rounds"]:
         """In which rounds a behaviour shares the target's bucket; never at padding."""
         bucket = self.bucket(target)

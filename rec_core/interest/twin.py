@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from rec_core.interest.base import Interest, check_positive, masked_softmax, newest_top_k
+from rec_core.interest.base import Interest, check_positive, masked_softmax, newest_top_k, per_item
 
 _HOUR, _DAY = 3600.0, 86400.0
 
@@ -109,7 +109,7 @@ class TWIN(Interest):
         return Projected(inherent, cross, mask, self.key(inherent), bias)
 
     @nn.compact
-    def read(self, encoded: Projected, target: Float[Array, "B d"] | Float[Array, "B T d"]) -> Float[Array, "B d_h"]:
+    def read(self, encoded: Projected, target: Float[Array, "B d"] | Float[Array, "B G d"]) -> Float[Array, "B d_h"]:
         alpha = self.relevance(encoded, target)
         position, found = newest_top_k(alpha, encoded.mask[:, None], self.top)
         weight = masked_softmax(jnp.take_along_axis(alpha, position, axis=-1), found).astype(self.dtype)
@@ -125,7 +125,7 @@ class TWIN(Interest):
         return nn.Dense(encoded.inherent.shape[-1], use_bias=False, dtype=self.dtype, name="out")(heads)
 
     def relevance(
-        self, encoded: Projected, target: Float[Array, "B d"] | Float[Array, "B T d"]
+        self, encoded: Projected, target: Float[Array, "B d"] | Float[Array, "B G d"]
     ) -> Float[Array, "B heads T"]:
         """alpha of every behaviour, float32: what the GSU ranks by and the ESU weighs by. Padding is not masked."""
         width = encoded.inherent.shape[-1]
@@ -134,7 +134,7 @@ class TWIN(Interest):
             raise ValueError(
                 f"TWIN: target has width {target.shape[-1]}, must be {width} (the inherent features) or {whole}"
             )
-        query = self.query(target[..., :width])
+        query = self.query(per_item(target, encoded.mask.shape[1])[..., :width])
         queries = "bhw" if query.ndim == 3 else "bthw"
         score = jnp.einsum(f"{queries},bthw->bht", query, encoded.key, preferred_element_type=jnp.float32)
         return score * self.width**-0.5 + encoded.bias

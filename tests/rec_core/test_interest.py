@@ -51,6 +51,10 @@ def test_every_member_has_the_face(name):
     # One query per item, all the same, is the shared query, whatever stands at padding.
     repeated = np.where(mask[..., None], target[:, None], np.nan).astype(np.float32)
     np.testing.assert_allclose(run(repeated, sequence, mask, time), out, rtol=1e-5, atol=1e-6)
+    # A query for some neighbouring items is that query for each of them.
+    six = [np.concatenate([x, x[:, :1]], axis=1) for x in (sequence, mask, time)]
+    queries = np.stack([target, -target, 2 * target], axis=1)
+    np.testing.assert_allclose(run(queries, *six), run(np.repeat(queries, 2, axis=1), *six), rtol=1e-5, atol=1e-6)
     # An example does not depend on the others.
     flipped = run(target[::-1], sequence[::-1], mask[::-1], time[::-1])[::-1]
     np.testing.assert_allclose(flipped, out, rtol=1e-5, atol=1e-6)

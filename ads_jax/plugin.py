@@ -1,0 +1,117 @@
+"""ADS as a plug-in: sequence and candidate made personal per domain, in front of any target attention (arXiv
+2502.05523). The attention itself is not changed."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from ads_jax.pcrg import PCRG
+from ads_jax.psrg import PSRG
+from rec_core.interest import Interest
+
+
+class ADS(nn.Module):
+    """A member of the interest family, or any module of its face, around which PSRG and PCRG stand.
+
+    Called as the member is, with the domain input E_D beside. What is shared by a request's candidates is `encode`;
+    `read` is once a candidate, and `candidates` both.
+
+    Attributes:
+      unit: such as `rec_core.interest.DIN()`.
+      length: the longest sequence, T; `items` behaviours share a query, the oldest chunk may be short (1: unchunked).
+      hidden, eta: of the generators.
+      sequence, candidate: whether PSRG and PCRG are there (the paper's ablation).
+    """
+
+    unit: Interest
+    length: int
+    items: int = 1
+    hidden: int = 32
+    eta: float = 2.0
+    sequence: bool = True
+    candidate: bool = True
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        if self.length < 1 or self.items < 1:
+            raise ValueError(f"ADS: length is {self.length} and items {self.items}; both must be at least 1")
+        if self.sequence:
+            self.psrg = PSRG(self.hidden, self.eta, self.dtype)
+        if self.candidate:
+            self.pcrg = PCRG(-(-self.length // self.items), self.hidden, self.dtype)
+
+    def __call__(
+        self,
+        target: Float[Array, "B d_Q"],
+        sequence: Float[Array, "B T d_S"],
+        mask: Bool[Array, "B T"],
+        domain: Float[Array, "B d_D"],
+        *,
+        time: Float[Array, "B T"] | None = None,
+    ) -> Float[Array, "B d_out"]:
+        encoded = self.encode(sequence, mask, domain, time=time)
+        return self.read(encoded, target, domain, length=sequence.shape[1])
+
+    def encode(
+        self,
+        sequence: Float[Array, "B T d_S"],
+        mask: Bool[Array, "B T"],
+        domain: Float[Array, "B d_D"],
+        *,
+        time: Float[Array, "B T"] | None = None,
+    ) -> Any:
+        """What no candidate changes: the personal sequence, its newest behaviour last, as the unit encodes it."""
+        if sequence.shape[1] > self.length:
+            raise ValueError(f"ADS: the sequence has {sequence.shape[1]} slots, length is {self.length}; raise it")
+        order = jnp.argsort(mask.astype(bool), axis=1, stable=True)  # padding first, behaviours in their order
+
+        def arrange(x: Array) -> Array:
+            x = jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
+            return jnp.pad(x, [(0, 0), (-x.shape[1] % self.items, 0)] + [(0, 0)] * (x.ndim - 2))
+
+        sequence, mask, time = jax.tree.map(arrange, (sequence, mask.astype(bool), time))
+        if self.sequence:
+            sequence = self.psrg(domain, jnp.where(mask[..., None], sequence, 0))
+        return self.unit.encode(sequence, mask, time=time)
+
+    def read(
+        self, encoded: Any, target: Float[Array, "B d_Q"], domain: Float[Array, "B d_D"], *, length: int
+    ) -> Float[Array, "B d_out"]:
+        """The interest in one candidate, from what `encode` gave for a sequence of `length` slots."""
+        return self.unit.read(encoded, self.queries(target, domain, length))
+
+    def queries(
+        self, target: Float[Array, "B d_Q"], domain: Float[Array, "B d_D"], length: int
+    ) -> Float[Array, "B d_Q"] | Float[Array, "B G d_Q"]:
+        """The candidate's queries of a sequence of `length` slots, the newest chunk's last, as the slots are."""
+        if not self.candidate:
+            return target
+        return self.pcrg(domain, target)[:, : -(-length // self.items)][:, ::-1]
+
+
+def candidates(
+    module: ADS,
+    params: Any,
+    targets: Float[Array, "B C d_Q"],
+    sequence: Float[Array, "B T d_S"],
+    mask: Bool[Array, "B T"],
+    domain: Float[Array, "B d_D"],
+    *,
+    time: Float[Array, "B T"] | None = None,
+    chunk: int = 32,
+) -> Float[Array, "B C d_out"]:
+    """The interest in each of a request's C candidates; the sequence is made personal, and encoded, once.
+
+    `chunk` candidates are read at a time: memory grows with it, and no `[B, C, T, d_Q]` array is made.
+    """
+    if targets.ndim != 3:
+        raise ValueError(f"targets has shape {targets.shape}, must be [B, C, d_Q]")
+    encoded = module.apply(params, sequence, mask, domain, time=time, method="encode")
+
+    def one(target: Array) -> Any:
+        return module.apply(params, encoded, target, domain, length=sequence.shape[1], method="read")
+
+    return jax.lax.map(one, targets.swapaxes(0, 1), batch_size=min(chunk, targets.shape[1])).swapaxes(0, 1)

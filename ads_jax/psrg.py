@@ -1,0 +1,44 @@
+"""ADS, personalized sequence representation generation (arXiv 2502.05523, equations 2-5)."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+
+class Generator(nn.Module):
+    """`relu(E_D W1^T + b1) W2^T + b2`. The second layer starts at zero, so that nothing is generated at first."""
+
+    hidden: int
+    size: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, domain: Float[Array, "*n d_D"]) -> Float[Array, "*n size"]:
+        hidden = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name="first")(domain))
+        return nn.Dense(self.size, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="second")(hidden)
+
+
+class PSRG(nn.Module):
+    """The sequence as users of a domain see it: each behaviour through weights generated from the domain.
+
+        W_private = sigmoid(relu(E_D W1^T + b1) W2^T + b2)            (2)
+        W_generated = eta (W_shared * W_private)                      (3)
+        b_generated = relu(E_D W1'^T + b1') W2'^T + b2'               (4)
+        E_S_personalized = E_S reshape(W_generated)^T + b_generated   (5)
+
+    It does not depend on the candidate. Ours: W_shared starts as the identity and W_private at 1/2, so that with
+    eta = 2 the sequence is unchanged at first.
+    """
+
+    hidden: int = 32
+    eta: float = 2.0  # widens the sigmoid's (0, 1)
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, domain: Float[Array, "B d_D"], sequence: Float[Array, "B T d_S"]) -> Float[Array, "B T d_S"]:
+        d = sequence.shape[-1]
+        w_shared = self.param("w_shared", lambda _: jnp.eye(d))
+        w_private = nn.sigmoid(Generator(self.hidden, d * d, self.dtype, name="weight")(domain))
+        w_generated = self.eta * w_shared.astype(self.dtype) * w_private.reshape(-1, d, d)
+        b_generated = Generator(self.hidden, d, self.dtype, name="bias")(domain)
+        return jnp.einsum("bti,boi->bto", sequence.astype(self.dtype), w_generated) + b_generated[:, None]
