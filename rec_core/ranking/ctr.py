@@ -1,7 +1,8 @@
 """The click model `y = sigmoid(MLP(s + E_U + E_I + E_O + dense))`, `+` being concatenation, with any interest module.
 
 `s` is what `config.interest` makes of the behaviours for the target: "din" gives DIN (arXiv 1706.06978), "average" a
-plain DNN with pooled behaviours. Behaviours are described by the target's features and share its tables.
+plain DNN with pooled behaviours. Behaviours are described by the target's features and share its tables. The loss is
+the clicks' alone: the modules' own (DIEN's, MIMN's) are not added.
 
 Float features (`dense`, such as LUM's answers) pass `sign(x) log(1 + |x|)`, which tames large counts and keeps small
 values as they are, and a linear layer of their own. A layer norm would not do: it erases the size of a single feature.
