@@ -18,6 +18,7 @@ from experiments import (
     results,
     sim_lifelong,
     sim_lifelong_models,
+    sim_serving,
 )
 from experiments.datasets import Data, load
 
@@ -45,6 +46,7 @@ class Readme:
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "quickstart": (quickstart.Quickstart, quickstart.run),
     "sim-lifelong": (sim_lifelong_models.SimLifelong, sim_lifelong.run),
+    "sim-serving": (sim_serving.SimServing, sim_serving.run),
     "attention-bench": (attention_bench.AttentionBench, attention_bench.run),
     "attention-tune": (attention_tune.AttentionTune, attention_tune.run),
     "data-bench": (data_bench.DataBench, data_bench.run),

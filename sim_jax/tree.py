@@ -18,7 +18,7 @@ What is defined:
   same users too. A reader that meets a writer finds, of each key, all that was appended before it asked.
 """
 
-from itertools import batched, chain
+from itertools import batched, chain, compress
 from typing import NamedTuple
 
 import numpy as np
@@ -154,40 +154,39 @@ class BehaviorTree:
     def _append(self, part: Filings) -> int:
         """Adds filings in one transaction and returns how many were new."""
         first = part.pairs()
-        pair = np.repeat(np.arange(len(first)), np.diff(first, append=len(part)))
+        count = np.diff(first, append=len(part))
         heads = head_keys(part.user[first], part.key[first])
         while True:  # again if another writer has changed one of these blocks; one of the two always gets through
+            moment = self.store.moment()
             held = self.store.get(heads)
-            late = self._late(heads, held, part.event, pair)
-            if np.count_nonzero(late) > _LATE:
+            late = self._late(heads, held, part.event, count)
+            if late is None:
+                change = add(heads, held, part.event, count, self.block, self.store.name)
+            elif np.count_nonzero(late) > _LATE:
                 return sum(map(self._append, part.halves()))
-            count = np.bincount(pair[~late], minlength=len(heads))
-            here = np.flatnonzero(count)
-            at = here.tolist()
-            names, values = [heads[i] for i in at], [held[i] for i in at]
-            change = add(names, values, part.event[~late], count[here], self.block, self.store.name)
-            added = change.added
-            if late.any():
+            else:
+                now = np.add.reduceat(~late, first, dtype=np.int64)
+                names, values = list(compress(heads, now)), list(compress(held, now))
+                change = add(names, values, part.event[~late], now[now > 0], self.block, self.store.name)
                 old = self._add_late(part.user[late], part.key[late], part.event[late])
-                change.writes.update(old.writes)
-                change.expected.update(old.expected)
-                added += old.added
-            if not change.writes or self.store.put_if(change.writes.items(), change.expected):
-                return added
+                change = Change(change.writes | old.writes, change.expected | old.expected, change.added + old.added)
+            if not change.writes or self.store.put_if(change.writes, change.expected, since=moment):
+                return change.added
 
     def _late(
-        self, heads: list[bytes], held: list[bytes | None], event: np.ndarray, pair: Int[np.ndarray, "n"]
-    ) -> np.ndarray:
-        """Which events are older than their full head, so that they belong to a sealed block."""
-        full = [i for i, value in enumerate(held) if value is not None and len(value) >= self.block * EVENT.itemsize]
-        late = np.zeros(len(event), bool)
-        if full:
-            counts([heads[i] for i in full], [held[i] or b"" for i in full], self.store.name)
-            oldest = np.zeros(len(held), EVENT)
-            oldest["item"] = np.iinfo(np.int64).min  # before this comes nothing
-            oldest[full] = decode((held[i] or b"")[: EVENT.itemsize] for i in full)
-            late = before(event, oldest[pair])
-        return late
+        self, heads: list[bytes], held: list[bytes | None], event: np.ndarray, count: Int[np.ndarray, "p"]
+    ) -> np.ndarray | None:
+        """Which events, `count` of each head, are older than their full head, so that they belong to a sealed block;
+        None: no event is."""
+        values = [value or b"" for value in held]
+        full = np.flatnonzero(counts(heads, values, self.store.name) >= self.block)
+        if not len(full):
+            return None
+        oldest = np.zeros(len(held), EVENT)
+        oldest["item"] = np.iinfo(np.int64).min  # before this comes nothing
+        oldest[full] = decode(values[i][: EVENT.itemsize] for i in full.tolist())
+        late = before(event, np.repeat(oldest, count))
+        return late if late.any() else None
 
     def _add_late(self, user: np.ndarray, key: np.ndarray, event: np.ndarray) -> Change:
         """Adds events to the sealed blocks that they fall into, or to the oldest block of what is before them all."""

@@ -10,9 +10,10 @@ in integers that sort as bytes do. Once there is a sealed block the head has at 
 one read. Events that are older than all sealed blocks lie in one at (time, item) = (0, least), which may be shorter.
 """
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,9 +57,11 @@ class Filings:
         index = order(*columns)
         user, key, time, item = (column[index] for column in columns)
         new = changes(user, key, time, item)
-        event = np.empty(int(new.sum()), EVENT)
-        event["time"], event["item"] = time[new], item[new]
-        return cls(user[new], key[new], event)
+        if not new.all():
+            user, key, time, item = user[new], key[new], time[new], item[new]
+        event = np.empty(len(user), EVENT)
+        event["time"], event["item"] = time, item
+        return cls(user, key, event)
 
     def __len__(self) -> int:
         return len(self.user)
@@ -220,44 +223,56 @@ def add(
     end = np.cumsum(count)
     follows = old_count == 0
     has = np.flatnonzero(~follows)
-    last = decode(value[-EVENT.itemsize :] for value in old)  # of those that hold any
+    last = decode(old)[np.cumsum(old_count)[has] - 1]
     follows[has] = before(last, new[(end - count)[has]])
     plain = follows & (old_count + count < 2 * block)
-    expected = dict(compress(zip(names, held, strict=True), plain))
-    cuts = ((EVENT.itemsize * ends[plain]).tolist() for ends in (end - count, end))
+    # In daily use nearly all blocks get a few events at their end: these lines are what an append costs, so no block
+    # is decoded, and each step is one pass in C over all of them.
     data = new.tobytes()
-    longer = [value + data[a:b] for value, a, b in zip(compress(old, plain), *cuts, strict=True)]
-    writes = dict(zip(expected, longer, strict=True))
-    added = int(count[plain].sum())
+    ends = (EVENT.itemsize * end).tolist()
+    longer = map(operator.add, old, [data[a:b] for a, b in pairwise([0, *ends])])
     if plain.all():
-        return Change(writes, expected, added)
+        return Change(dict(zip(names, longer, strict=True)), dict(zip(names, held, strict=True)), len(new))
+    writes = dict(compress(zip(names, longer, strict=True), plain))
+    expected = dict(compress(zip(names, held, strict=True), plain))
+    rest = np.flatnonzero(~plain)  # few blocks in daily use, all of them when a tree of long histories is built
+    select = rest.tolist()
+    some = new[np.repeat(~plain, count)]
+    cut, gained = _merge([names[i] for i in select], [old[i] for i in select], some, count[rest], block)
+    writes.update(cut)
+    expected.update((names[i], held[i]) for i in select)
+    return Change(writes, expected, int(count[plain].sum()) + gained)
 
-    # the rest is merged, freed of repeats and cut: few blocks in daily use, all of them when a tree is built
-    rest = np.flatnonzero(~plain)
-    owner = np.concatenate([np.repeat(rest, old_count[rest]), np.repeat(np.arange(len(names)), count)])
-    events = np.concatenate([decode(old[i] for i in rest.tolist()), new])
-    mine = ~plain[owner]
-    owner, events = owner[mine], events[mine]
+
+def _merge(
+    names: list[bytes], old: list[bytes], new: np.ndarray, count: Int64[np.ndarray, "b"], block: int
+) -> tuple[dict[bytes, bytes], int]:
+    """`add` for blocks whose events are to be merged, freed of repeats or cut: what to write, how many are gained."""
+    held = decode(old)
+    old_count = np.fromiter(map(len, old), np.int64, len(old)) // EVENT.itemsize
+    owner = np.concatenate([np.repeat(np.arange(len(names)), n) for n in (old_count, count)])
+    events = np.concatenate([held, new])
     merged = Filings.of(owner, np.zeros(len(owner), np.int64), events["time"], events["item"])
-    total = np.bincount(merged.user, minlength=len(names))[rest]
+    total = np.bincount(merged.user, minlength=len(names))
     first = np.cumsum(total) - total
-    changed = np.flatnonzero(total > old_count[rest])
+    changed = np.flatnonzero(total > old_count)
     pieces = np.maximum(total[changed] // block, 1)
     inner = np.repeat(changed, pieces)
     step = np.arange(len(inner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     newest_piece = step == np.repeat(pieces, pieces) - 1
     begin = first[inner] + step * block
     stop = np.where(newest_piece, (first + total)[inner], begin + block)
-    user, key = parse([names[i] for i in rest.tolist()])
+    user, key = parse(names)
     own = sealed_keys(user[inner], key[inner], merged.event[begin])
-    is_head = np.fromiter((names[i].startswith(HEAD) for i in rest), bool, len(rest))
+    is_head = np.fromiter((name.startswith(HEAD) for name in names), bool, len(names))
     keeps = np.where(is_head[inner], newest_piece, step == 0)
     cuts = ((EVENT.itemsize * ends).tolist() for ends in (begin, stop))
     data = merged.event.tobytes()
-    for at, keep, name, a, b in zip(rest[inner].tolist(), keeps.tolist(), own, *cuts, strict=True):
-        writes[names[at] if keep else name] = data[a:b]
-        expected[names[at]] = held[at]
-    return Change(writes, expected, added + int((total - old_count[rest]).sum()))
+    writes = {
+        names[at] if keep else name: data[a:b]
+        for at, keep, name, a, b in zip(inner.tolist(), keeps.tolist(), own, *cuts, strict=True)
+    }
+    return writes, int((total - old_count).sum())
 
 
 def integers(name: str, values: Any) -> Int64[np.ndarray, "*s"]:

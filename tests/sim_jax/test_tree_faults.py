@@ -132,12 +132,12 @@ def test_what_another_writer_appends_between_reading_and_writing_stays(address, 
         put_if, between = store.put_if, [batch(0), batch(4), batch(1)]
         refused = []
 
-        def late_put_if(writes, expected):
+        def late_put_if(writes, expected, since):
             if between:
                 with monkeypatch.context() as real:
                     real.setattr(store, "put_if", put_if)
                     tree.append(between.pop())
-            refused.append(not put_if(writes, expected))
+            refused.append(not put_if(writes, expected, since=since))
             return not refused[-1]
 
         monkeypatch.setattr(store, "put_if", late_put_if)
@@ -163,7 +163,7 @@ def test_an_acknowledgement_that_was_lost_stores_nothing_twice(monkeypatch):
     store = open_store("memory:")
     tree = BehaviorTree(store, key="category", block=16)
     put_if = store.put_if
-    monkeypatch.setattr(store, "put_if", lambda writes, expected: put_if(writes, expected) and False)
+    monkeypatch.setattr(store, "put_if", lambda writes, expected, since: put_if(writes, expected) and False)
     tree.append(batch(0))
     assert items(tree) == set(batch(0).item.tolist())
     assert tree.append(batch(0)) == Appended(filed=0, repeated=400, left_out=0)
