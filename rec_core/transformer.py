@@ -1,10 +1,10 @@
 """The decoder of LUM and BAHE: RMSNorm, rotary positions, grouped-query range attention, SwiGLU.
 
 Conventions are those of Llama, Qwen2 and Qwen3 in Hugging Face `transformers`, so that their weights fit: rotate-half
-rotary, optional bias on query, key and value, optional RMSNorm per head on query and key before the rotation, SwiGLU
-as ``down(silu(gate(x)) * up(x))``. Linen's kernels are [in, out], the transpose of theirs. Parameters are float32;
-``dtype`` is what matrix products run in; norms, rotation and softmax are float32 always. Layers are scanned, so every
-parameter of ``layers`` carries a leading axis of length ``layers``.
+rotary with their scalings for long contexts, optional bias on query, key and value, optional RMSNorm per head on query
+and key before the rotation, SwiGLU as ``down(silu(gate(x)) * up(x))``. Linen's kernels are [in, out], the transpose of
+theirs. Parameters are float32; ``dtype`` is what matrix products run in; norms, rotation and softmax are float32
+always. Layers are scanned, so every parameter of ``layers`` carries a leading axis of length ``layers``.
 """
 
 from dataclasses import dataclass
@@ -23,6 +23,42 @@ from rec_core.sharding import constrain
 RMSNorm = nn.RMSNorm  # Zhang & Sennrich, arXiv:1910.07467; linen computes its mean square in float32
 
 _REMAT = ("none", "full", "dots")
+_SCALINGS = ("linear", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are lowered, so that a longer context turns no further than the one trained on.
+
+    ``kind`` "linear" divides all of them by ``factor`` (Chen et al., arXiv:2306.15595); the rest is not read. "llama3"
+    (Llama 3.1 of Hugging Face `transformers`) divides by ``factor`` those that turn fewer than ``low_turns`` times in
+    ``context`` positions, leaves those that turn more than ``high_turns`` times, and blends in between.
+    """
+
+    kind: str
+    factor: float
+    low_turns: float = 1.0
+    high_turns: float = 4.0
+    context: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in _SCALINGS:
+            raise ValueError(f"kind={self.kind!r}: choose one of {', '.join(_SCALINGS)}")
+        if not 1.0 <= self.factor < float("inf"):
+            raise ValueError(f"factor={self.factor}: must be finite and at least 1")
+        if not 0.0 < self.low_turns < self.high_turns < float("inf") or self.context < 1:
+            raise ValueError(
+                f"low_turns={self.low_turns}, high_turns={self.high_turns}, context={self.context}: must be "
+                "0 < low_turns < high_turns and context at least 1"
+            )
+
+    def divisors(self, frequency: Float[Array, " half"]) -> Float[Array, " half"]:
+        """What each frequency (radians a position) is divided by."""
+        if self.kind == "linear":
+            return jnp.full_like(frequency, self.factor)
+        turns = self.context * frequency / (2 * jnp.pi)
+        keep = jnp.clip((turns - self.low_turns) / (self.high_turns - self.low_turns), 0, 1)
+        return 1 / ((1 - keep) / self.factor + keep)
 
 
 @dataclass(frozen=True)
@@ -48,6 +84,7 @@ class TransformerConfig:
     dtype: str = "float32"
     remat: str = "none"
     attention: str | None = None
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "heads", "kv_heads", "head_width", "hidden"):
@@ -106,9 +143,13 @@ def check_append(cache: KVCache, cache_lengths: np.ndarray, new_lengths: np.ndar
         )
 
 
-def rotary_angles(positions: Int[Array, "B T"], head_width: int, theta: float) -> Float[Array, "B T half"]:
-    """Angles ``position * theta ** (-2 i / head_width)``, float32 (Su et al., arXiv:2104.09864)."""
+def rotary_angles(
+    positions: Int[Array, "B T"], head_width: int, theta: float, scaling: RopeScaling | None = None
+) -> Float[Array, "B T half"]:
+    """Angles ``position * theta ** (-2 i / head_width)``, float32 (Su et al., arXiv:2104.09864), frequencies scaled."""
     frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    if scaling is not None:
+        frequency = frequency / scaling.divisors(frequency)
     return positions.astype(jnp.float32)[..., None] * frequency
 
 
@@ -258,7 +299,7 @@ class Transformer(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.layers,
         )
-        angles = rotary_angles(positions, c.head_width, c.rope_theta)
+        angles = rotary_angles(positions, c.head_width, c.rope_theta, c.rope_scaling)
         x = constrain(x.astype(c.dtype), P("data"))
         x, kv = scanned(c, deterministic, return_kv, name="layers")(x, cache, angles, k_start, k_end, cache_lengths)
         if self.final_norm:

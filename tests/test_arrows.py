@@ -25,6 +25,9 @@ OWNERS = {
     "matplotlib": {"experiments/figures.py"},
     "torch": {"experiments/attention_torch.py"},
     "tyro": {"experiments/__main__.py"},
+    "safetensors": {"bahe_jax/safetensors_files.py"},
+    "gguf": {"bahe_jax/gguf_file.py"},
+    "tokenizers": {"bahe_jax/tokenizer.py"},
 }
 
 
@@ -60,6 +63,7 @@ def test_model_packages_import_with_jax_flax_jaxtyping_and_numpy_only():
     program = (
         "import sys\n"
         f"import {', '.join(SYSTEMS)}, lum_jax.two_tower, lum_jax.knowledge, rec_core.ranking.ctr\n"
+        "import sim_jax.serving, sim_jax.resident, sim_jax.tree, bahe_jax.language_model, bahe_jax.reader\n"
         f"loaded = sorted(set(sys.modules) & {set(OWNERS) | {'tensorstore', 'tqdm', 'experiments'}!r})\n"
         "sys.exit(f'loaded: {loaded}' if loaded else 0)\n"
     )

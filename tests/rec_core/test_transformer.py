@@ -13,6 +13,7 @@ from rec_core.attention import ranges_from_lengths, ranges_from_segments
 from rec_core.sharding import make_mesh, path_name, spec_for
 from rec_core.transformer import (
     KVCache,
+    RopeScaling,
     Transformer,
     TransformerConfig,
     check_append,
@@ -127,6 +128,42 @@ def test_rotary_turns_pairs_and_keeps_only_distance():
         for i, j in ((9, 4), (105, 100))
     ]
     np.testing.assert_allclose(*products, rtol=1e-4)
+
+
+def test_scaled_rotary_turns_slowly_where_it_turns_seldom():
+    """Llama 3: periods below context / high keep, above context / low are `factor` times as long, between a blend."""
+    theta, width, position = 1000.0, 8, jnp.asarray([[3]])
+    frequency = np.array([1000.0 ** (-2 * i / 8) for i in range(4)])  # periods 6.3, 35, 199, 1117
+    linear = rotary_angles(position, width, theta, RopeScaling("linear", 4.0))
+    np.testing.assert_allclose(linear.ravel(), 3 * frequency / 4, rtol=1e-5)
+    llama3 = RopeScaling("llama3", 8.0, low_turns=1.0, high_turns=4.0, context=400)
+    turns = 400 * frequency[2] / (2 * np.pi)
+    assert 1 < turns < 4
+    blend = (turns - 1) / 3
+    expected = [frequency[0], frequency[1], frequency[2] * (blend + (1 - blend) / 8), frequency[3] / 8]
+    np.testing.assert_allclose(rotary_angles(position, width, theta, llama3).ravel() / 3, expected, rtol=1e-5)
+    scaled = dataclasses.replace(CONFIG, rope_scaling=RopeScaling("linear", 2.0))
+    row, start, end = causal()
+    np.testing.assert_allclose(
+        run(parameters(), tokens(), 2 * row, start, end, config=scaled),
+        run(parameters(), tokens(), row, start, end),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (("yarn", 2.0), "kind='yarn': choose one of linear, llama3"),
+        (("linear", 0.5), "factor=0.5: must be finite and at least 1"),
+        (("llama3", 8.0, 4.0, 4.0), "low_turns=4.0, high_turns=4.0"),
+        (("llama3", 8.0, 1.0, 4.0, 0), "context=0"),
+    ],
+)
+def test_rope_scaling_says_what_is_wrong(values, message):
+    with pytest.raises(ValueError, match=message):
+        RopeScaling(*values)
 
 
 PACKED_IDS = np.array([[1] * 5 + [2] * 3 + [1] * 2 + [2] + [0]] * BATCH, np.int32)
