@@ -15,6 +15,7 @@ AGES = (
     *(60.0, 600.0, _HOUR, 6 * _HOUR, _DAY, 2 * _DAY, 4 * _DAY, 7 * _DAY, 14 * _DAY, 30 * _DAY),
     *(60 * _DAY, 90 * _DAY, 180 * _DAY, 365 * _DAY, 730 * _DAY),
 )
+ORDERED = ("mimn",)  # reads the order of its behaviours
 _OWN_TIME = ("twin",)  # embeds a behaviour's age itself
 _ANY_WIDTH = ("multi_head",)  # its target may be narrower than its behaviours
 

@@ -31,7 +31,7 @@ from rec_core.sharding import constrain
 from sim_jax import search
 from sim_jax.batch import Batch, Request
 from sim_jax.config import Config
-from sim_jax.exact import ExactSearch
+from sim_jax.exact import ORDERED, ExactSearch
 
 _SHORT_LOSS, _EXACT_LOSS = "short_", "exact_"  # before the names of the interest modules' own losses
 
@@ -352,7 +352,11 @@ def _found(
 ) -> Found:
     """What the exact unit reads: the search's K behaviours, embedded once they are chosen, or the sequence as it is."""
     if config.search != "none":
-        long = _take(long, *_search(net, tables, config, fields, target, long))
+        position, present = _search(net, tables, config, fields, target, long)
+        if config.exact in ORDERED:  # a search gives the best, or the newest, first
+            order = jnp.argsort(jnp.where(present, position, -1), axis=1)
+            position, present = (jnp.take_along_axis(x, order, axis=1) for x in (position, present))
+        long = _take(long, position, present)
     return _vectors(tables, config, *long)
 
 

@@ -68,6 +68,17 @@ def test_what_a_search_finds_and_nothing_else_is_read(config):
         sim_jax.find(PARAMS[config], searched, given)
 
 
+def test_what_was_found_is_read_in_order_where_order_matters():
+    config = replace(HARD, exact="mimn", exact_options=(("slots", 3), ("hidden", (4,))), short="din", age_width=0)
+    params = jax.jit(sim_jax.init, static_argnums=1)(jax.random.key(1), config)
+    given = BATCH.replace(  # the target's behaviours alone, left where they are: oldest first
+        long_mask=BATCH.long_mask & (BATCH.long["category"] == BATCH.target["category"][:, None])
+    )
+    assert given.long_mask.sum(axis=1).max() in (2, 3), "some order to get wrong, and none left out by the search"
+    wanted = apply(params, given, replace(config, search="none")).logit
+    np.testing.assert_allclose(apply(params, BATCH, config).logit, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_soft_search_takes_the_most_relevant():
     params, config = PARAMS[SOFT], SOFT
     position, found = sim_jax.find(params, BATCH, config)
