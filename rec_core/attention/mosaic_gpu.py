@@ -1,8 +1,8 @@
 """Range attention on Hopper GPUs: which calls the kernels serve, how the work of few queries is split, gradients.
 
 A call with fewer items (tile of rows, head) than the device has multiprocessors, as queries against a cached prefix
-have, is split: the keys of each tile are cut in parts, the kernel gives output and log-sum-exp of each part, and one
-expression joins them and the rows' own keys. Nothing is copied for it.
+have, is split: the keys of each tile are cut in parts, the kernel gives output and log-sum-exp of each part, the rows'
+own keys in the first, and one expression joins them. Nothing is copied for it.
 """
 
 import functools
@@ -14,7 +14,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from rec_core.attention.blocks import BLOCK_Q, Backward, Forward, backward_blocks, check_forward, forward_blocks
+from rec_core.attention.blocks import (
+    BLOCK_Q,
+    Backward,
+    Forward,
+    backward_blocks,
+    check_backward,
+    check_forward,
+    forward_blocks,
+)
 from rec_core.attention.mosaic_gpu_plan import plan
 from rec_core.attention.xla import same_varying
 
@@ -24,8 +32,10 @@ if TYPE_CHECKING:
 DTYPES = ("bfloat16", "float16")
 WIDTHS = (64, 128, 256)
 CAPABILITY = "9.0"  # of Hopper: the kernels use its instructions
+MOST_ROUNDS = 2  # of items a program above which keys are not split: the rest of a round is small then
 PROGRAMS = 132  # multiprocessors of an H100 SXM, for lowering without a device
 PART = 512  # keys that a part of a split call has at least
+OVERHEAD = 3  # what a tile's beginning and end, and joining parts, cost, in key blocks
 
 
 def supports(call: "Call") -> str | None:
@@ -97,11 +107,13 @@ def range_attention_mosaic_gpu(
     programs = programs or (device.core_count if device.platform == "gpu" else PROGRAMS)
     forward = forward or forward_blocks(device.device_kind, width, rows)
     check_forward(forward, width)
+    backward = backward or backward_blocks(device.device_kind, width, rows)
+    check_backward(backward, width)
     static = _Static(
         scale,
         forward,
-        backward or backward_blocks(device.device_kind, width, rows),
-        splits or split_number(batch * heads * -(-rows // (BLOCK_Q * forward.groups)), k.shape[1], programs),
+        backward,
+        splits or split_number(batch * heads * -(-rows // (BLOCK_Q * forward.groups)), k.shape[1], programs, forward),
         own,
         programs,
         interpret,
@@ -118,15 +130,19 @@ def range_attention_mosaic_gpu_deterministic(
     return range_attention_mosaic_gpu(q, *arrays, backward=blocks._replace(one_pass=False), **options)
 
 
-def split_number(items: int, keys: int, programs: int) -> int:
-    """Parts in which to cut the keys: the largest power of two with no more items than programs and parts of PART keys.
+def split_number(items: int, keys: int, programs: int, blocks: Forward) -> int:
+    """Parts of PART keys or more in which to cut the keys, so that the busiest program is done soonest.
 
-    1 where there are more than half as many items as programs.
+    A program has so many rounds of items; a round takes the key blocks of a part, and OVERHEAD. Joining costs that
+    once more. The fewest parts among equals; 1 where the items fill the programs several times.
     """
-    splits = 1
-    while 2 * splits * items <= programs and 2 * splits * PART <= keys:
-        splits *= 2
-    return splits
+
+    def cost(splits: int) -> int:
+        rounds, size = -(-items * splits // programs), -(-keys // (blocks.block_k * splits))
+        return rounds * (size + OVERHEAD) + (OVERHEAD if splits > 1 else 0)
+
+    most = min(programs, keys // PART) if items < MOST_ROUNDS * programs else 1
+    return min(range(1, max(1, most) + 1), key=cost)
 
 
 class _Static(NamedTuple):
@@ -146,15 +162,17 @@ def _forward(
     from rec_core.attention.mosaic_gpu_forward import forward
 
     split = static.splits > 1
-    own = "none" if split else static.own
+    own = "separate" if split and static.own == "same" else static.own
+    if own != static.own:
+        k_self, v_self = k, v
     items = q.shape[0] * static.splits * q.shape[2] * -(-q.shape[1] // (BLOCK_Q * static.forward.groups))
     planned = plan(start, end, k.shape[1], static.forward, own, splits=static.splits, ordered=items > static.programs)
     out, lse = forward(
         q,
         k,
         v,
-        None if split else k_self,
-        None if split else v_self,
+        k_self,
+        v_self,
         planned,
         scale=static.scale,
         blocks=static.forward,
@@ -162,26 +180,20 @@ def _forward(
         programs=static.programs,
         interpret=static.interpret,
     )
-    if not split:
-        return out, lse
-    return _join(static, out, lse, q, *((k, v) if static.own == "same" else (k_self, v_self)))
+    return _join(static.splits, out, lse) if split else (out, lse)
 
 
-def _join(static: _Static, out: Array, lse: Array, q: Array, k_self: Any, v_self: Any) -> tuple[Array, Array]:
-    """Parts [B * splits, ...] and the rows' own keys, weighted by their log-sum-exp; float32 inside."""
-    outs, lses = (jnp.moveaxis(x.reshape(-1, static.splits, *x.shape[1:]), 1, 0) for x in (out, lse))
-    parts = [(part.astype(jnp.float32), jnp.swapaxes(own, 1, 2)) for part, own in zip(outs, lses)]
-    if k_self is not None:
-        group = q.shape[2] // k_self.shape[2]
-        key, value = (jnp.repeat(x, group, axis=2).astype(jnp.float32) for x in (k_self, v_self))
-        parts.append((value, jnp.sum(q.astype(jnp.float32) * key, axis=-1) * static.scale))
-    top = functools.reduce(jnp.maximum, [logit for _, logit in parts])  # [B, T, H]
+def _join(splits: int, out: Array, lse: Array) -> tuple[Array, Array]:
+    """Parts [B * splits, ...] weighted by their log-sum-exp; float32 inside."""
+    outs, lses = (jnp.moveaxis(x.reshape(-1, splits, *x.shape[1:]), 1, 0) for x in (out, lse))
+    top = functools.reduce(jnp.maximum, lses)  # [B, H, T]
     some = top > -jnp.inf
     top = jnp.where(some, top, 0.0)
-    weights = [jnp.exp(logit - top) for _, logit in parts]
+    weights = [jnp.exp(logit - top) for logit in lses]
     total = jnp.where(some, sum(weights), 1.0)
-    joined = sum(part * (weight / total)[..., None] for (part, _), weight in zip(parts, weights))
-    return jnp.asarray(joined, q.dtype), jnp.swapaxes(jnp.where(some, top + jnp.log(total), -jnp.inf), 1, 2)
+    shares = [jnp.swapaxes(weight / total, 1, 2)[..., None] for weight in weights]
+    joined = sum(part.astype(jnp.float32) * share for part, share in zip(outs, shares))
+    return jnp.asarray(joined, out.dtype), jnp.where(some, top + jnp.log(total), -jnp.inf)
 
 
 def _any_batch(function: Callable[..., Any], *arrays: Any) -> Any:

@@ -13,10 +13,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from rec_core.attention.blocks import Backward, Forward
-from rec_core.attention.mosaic_gpu_backward_keys import backward_keys, plan_keys
+from rec_core.attention.mosaic_gpu_backward_keys import backward_keys
 from rec_core.attention.mosaic_gpu_backward_rows import backward_rows
 from rec_core.attention.mosaic_gpu_common import BLOCK_Q, LOG2_E
-from rec_core.attention.mosaic_gpu_plan import plan
+from rec_core.attention.mosaic_gpu_plan import plan, plan_keys
 
 FAR = 1e30  # log-sum-exp of a row that sees nothing, here: its weights are 2 ** -FAR = 0
 
@@ -72,8 +72,8 @@ def backward(
         return padded.reshape(*x.shape[:-1], -1, BLOCK_Q)
 
     statistics = jnp.stack([in_blocks(log2_norm, FAR), in_blocks(delta, 0.0)], axis=-2)
-    ranges = jnp.stack([in_blocks(start, 0), in_blocks(end, 0)], axis=-2)
-    planned = plan_keys(start, end, rows, keys, blocks, among)
+    ranges = jnp.stack([in_blocks(start, 0), in_blocks(jnp.maximum(end - start, 0), 0)], axis=-2)
+    planned = plan_keys(start, end, keys, blocks.keys_groups, among)
     by_keys: Any = (q, k, v, d_out, statistics, ranges, planned)
     if blocks.one_pass and width <= 128:
         d_q, d_k, d_v = backward_keys(*by_keys, gradients=("dq", "dk", "dv"), **common)

@@ -23,12 +23,14 @@ from rec_core.attention.mosaic_gpu_common import (
     ROW,
     WGMMA,
     accumulate,
+    hold,
     like,
     named_barrier,
     operand,
     over_columns,
     there_and_back,
 )
+from rec_core.attention.mosaic_gpu_mask import keep_columns
 from rec_core.attention.mosaic_gpu_plan import HEAD, PER_GROUP, Plan, key_block
 
 
@@ -51,7 +53,7 @@ def backward_rows(
     ``rows_groups``; ``own`` is "same" or "none"."""
     heads, width = q.shape[2:]
     group = heads // k.shape[2]
-    block_k, groups, stages = blocks.rows_block_k, blocks.rows_groups, blocks.rows_stages
+    block_k, groups, stages, tiles = blocks.rows_block_k, blocks.rows_groups, blocks.rows_stages, blocks.rows_tiles
     tile_rows = BLOCK_Q * groups
     items = planned.table.shape[0] * heads
     threads = 128 * (groups + 1)
@@ -64,29 +66,34 @@ def backward_rows(
         warpgroup = lax.axis_index("warpgroup")
         item, mine = there_and_back(lax.axis_index("program"), programs, items)
 
-        def signal(operation: str, slot: Any = None) -> None:
-            """Says ("arrive"), or waits for its being said ("sync"), that the tile or a key block is free."""
+        def signal(operation: str, kind: str, index: Any) -> None:
+            """Says ("arrive"), or waits for its being said ("sync"), that a tile or a key block is free."""
             if interpret:
-                barrier = q_free if slot is None else kv_free.at[slot]
+                barrier = {"q": q_free, "kv": kv_free}[kind].at[index]
                 (plgpu.barrier_arrive if operation == "arrive" else plgpu.barrier_wait)(barrier)
             else:
-                number = jnp.int32(groups + 2) if slot is None else jnp.int32(groups + 3) + slot
-                named_barrier(operation, number, threads)
+                first = {"q": groups + 2, "kv": groups + 2 + tiles}[kind]
+                named_barrier(operation, jnp.int32(first) + index, threads)
 
         def slot_of(count: Any) -> Any:
             return lax.rem(count, jnp.int32(stages))
+
+        def stage_of(place: Any) -> Any:
+            return lax.rem(place, jnp.int32(tiles))
 
         def compute() -> None:
             plgpu.set_max_registers(REGISTERS[groups][0], action="increase")
             logits = plgpu.ACC((BLOCK_Q, block_k), jnp.float32)
 
             def one(place: Any, before: Any) -> Any:
-                plgpu.barrier_wait(q_full)
-                steps, diag, diag_last, base, example, tile = (entry[i] for i in range(6))
-                first, last, plain_first, plain_last = (entry[HEAD + warpgroup * PER_GROUP + i] for i in range(4))
+                stage = stage_of(place)
+                plgpu.barrier_wait(q_full.at[stage])
+                steps, diag, diag_last, base, example, tile = (entry[stage, i] for i in range(6))
+                walk = (entry[stage, HEAD + warpgroup * PER_GROUP + i] for i in range(4))
+                first, last, plain_first, plain_last = walk
                 low = tile * tile_rows + warpgroup * BLOCK_Q
                 start, end, norm, shift = (
-                    plgpu.load(ref.at[pl.ds(warpgroup * BLOCK_Q, BLOCK_Q)], layout=ROW, optimized=False)
+                    plgpu.load(ref.at[stage, pl.ds(warpgroup * BLOCK_Q, BLOCK_Q)], layout=ROW, optimized=False)
                     for ref in (start_s, end_s, norm_s, delta_s)
                 )
 
@@ -95,37 +102,35 @@ def backward_rows(
                     def _(step: Any) -> None:
                         slot = slot_of(before + step)
                         plgpu.barrier_wait(kv_full.at[slot])
-                        signal("arrive", slot)
+                        signal("arrive", "kv", slot)
 
                 def masked(weight: Array, step: Any) -> Array:
-                    column = plgpu.broadcasted_iota(jnp.int32, weight.shape, 1, layout=WGMMA)
-                    column = column + key_block(own, step, diag, diag_last, base) * block_k
-                    see = (column >= over_columns(start, weight)) & (column < over_columns(end, weight))
-                    if own == "same":
-                        see |= column == plgpu.broadcasted_iota(jnp.int32, weight.shape, 0, layout=WGMMA) + low
-                    return jnp.where(see, weight, 0.0)
+                    offset = key_block(own, step, diag, diag_last, base) * block_k
+                    row = plgpu.broadcasted_iota(jnp.int32, start.shape, 0, layout=ROW) + (low - offset)
+                    own_key = row if own == "same" else None
+                    return keep_columns(weight, start - offset, end - offset, own_key, 0.0, interpret=interpret)
 
                 def step(mask: bool, number: Any, dq: Array) -> Array:
                     slot = slot_of(before + number)
                     plgpu.barrier_wait(kv_full.at[slot])
 
                     def with_logits(s_ref: Any) -> Array:
-                        plgpu.wgmma(s_ref, q_s.at[warpgroup], k_s.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(s_ref, q_s.at[stage, warpgroup], k_s.at[slot].transpose((1, 0)))
                         return pl.run_scoped(functools.partial(with_both, s_ref), logits)
 
                     def with_both(s_ref: Any, dp_ref: Any) -> Array:
-                        plgpu.wgmma(dp_ref, do_s.at[warpgroup], v_s.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(dp_ref, do_s.at[stage, warpgroup], v_s.at[slot].transpose((1, 0)))
                         s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
                         weight = jnp.exp2(s * (scale * LOG2_E) - over_columns(norm, s))
                         if mask:
                             weight = masked(weight, number)
-                        weight = lax.optimization_barrier(weight)
+                        weight = hold(weight, steps < 0, kv_full.at[slot])
                         dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=0)
                         return weight * (dp - over_columns(shift, dp))
 
                     ds = pl.run_scoped(with_logits, logits).astype(q.dtype)
                     dq = accumulate(dq, ds, k_s.at[slot], interpret)
-                    signal("arrive", slot)
+                    signal("arrive", "kv", slot)
                     return dq
 
                 pass_by(jnp.int32(0), first)
@@ -134,7 +139,7 @@ def backward_rows(
                 dq = lax.fori_loop(plain_first, plain_last, functools.partial(step, False), dq)
                 dq = lax.fori_loop(plain_last, last, functools.partial(step, True), dq)
                 plgpu.commit_smem()
-                signal("arrive")
+                signal("arrive", "q", stage)
                 pass_by(last, steps)
                 dq = (dq * scale).astype(q.dtype)
                 head = lax.rem(item(place), jnp.int32(heads))
@@ -158,23 +163,25 @@ def backward_rows(
                 at = order_g[lax.div(item(place), jnp.int32(heads))]
                 steps, diag, diag_last, base, example, tile = (table_g[at, i] for i in range(6))
                 kv_head = lax.div(head, jnp.int32(group))
-                pl.when(place > 0)(lambda: signal("sync"))
-                plgpu.copy_gmem_to_smem(table_g.at[at], entry, q_full)
+                stage = stage_of(place)
+                full = q_full.at[stage]
+                pl.when(place >= tiles)(lambda: signal("sync", "q", stage))
+                plgpu.copy_gmem_to_smem(table_g.at[at], entry.at[stage], full)
                 tile_at = pl.ds(tile * tile_rows, tile_rows)
                 for array, buffer in ((start_g, start_s), (end_g, end_s)):
-                    plgpu.copy_gmem_to_smem(array.at[example, tile_at], buffer, q_full)
+                    plgpu.copy_gmem_to_smem(array.at[example, tile_at], buffer.at[stage], full)
                 for array, buffer in ((norm_g, norm_s), (delta_g, delta_s)):
-                    plgpu.copy_gmem_to_smem(array.at[example, head, tile_at], buffer, q_full)
+                    plgpu.copy_gmem_to_smem(array.at[example, head, tile_at], buffer.at[stage], full)
                 for g in range(groups):
                     own_rows = pl.ds(tile * tile_rows + g * BLOCK_Q, BLOCK_Q)
-                    plgpu.copy_gmem_to_smem(q_g.at[example, own_rows, head], q_s.at[g], q_full)
-                    plgpu.copy_gmem_to_smem(do_g.at[example, own_rows, head], do_s.at[g], q_full)
+                    plgpu.copy_gmem_to_smem(q_g.at[example, own_rows, head], q_s.at[stage, g], full)
+                    plgpu.copy_gmem_to_smem(do_g.at[example, own_rows, head], do_s.at[stage, g], full)
 
                 @pl.loop(0, steps)
                 def _(step: Any) -> None:
                     slot = slot_of(before + step)
                     keys = pl.ds(key_block(own, step, diag, diag_last, base) * block_k, block_k)
-                    pl.when(before + step >= stages)(lambda: signal("sync", slot))
+                    pl.when(before + step >= stages)(lambda: signal("sync", "kv", slot))
                     plgpu.copy_gmem_to_smem(k_g.at[example, keys, kv_head], k_s.at[slot], kv_full.at[slot])
                     plgpu.copy_gmem_to_smem(v_g.at[example, keys, kv_head], v_s.at[slot], kv_full.at[slot])
 
@@ -182,20 +189,20 @@ def backward_rows(
 
             count = lax.fori_loop(0, mine, one, jnp.int32(0))
             # No barrier may be left in the middle of a phase.
-            pl.when(mine > 0)(lambda: signal("sync"))
-            pl.loop(lax.max(jnp.int32(0), count - stages), count)(lambda count: signal("sync", slot_of(count)))
+            pl.loop(lax.max(jnp.int32(0), mine - tiles), mine)(lambda place: signal("sync", "q", stage_of(place)))
+            pl.loop(lax.max(jnp.int32(0), count - stages), count)(lambda count: signal("sync", "kv", slot_of(count)))
 
         pl.when(warpgroup < groups)(compute)
         pl.when(warpgroup == groups)(move)
 
-    tile_of = operand(q.dtype, groups, BLOCK_Q, width)
+    tile_of = operand(q.dtype, tiles, groups, BLOCK_Q, width)
     block_of = operand(q.dtype, stages, block_k, width)
-    vectors = [plgpu.SMEM((tile_rows,), dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32, jnp.int32)]
+    vectors = [plgpu.SMEM((tiles, tile_rows), dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32, jnp.int32)]
     scratch = [tile_of, tile_of, block_of, block_of, operand(q.dtype, groups, BLOCK_Q, CHUNK), *vectors]
-    scratch += [plgpu.SMEM((ENTRIES,), jnp.int32), plgpu.Barrier(num_arrivals=5 + 2 * groups)]
+    scratch += [plgpu.SMEM((tiles, ENTRIES), jnp.int32), plgpu.Barrier(num_arrivals=5 + 2 * groups, num_barriers=tiles)]
     scratch += [plgpu.Barrier(num_arrivals=2, num_barriers=stages)]
     if interpret:
-        scratch += [plgpu.Barrier(num_arrivals=groups), plgpu.Barrier(num_arrivals=groups, num_barriers=stages)]
+        scratch += [plgpu.Barrier(num_arrivals=groups, num_barriers=number) for number in (tiles, stages)]
     return plgpu.kernel(
         kernel,
         out_type=like(q, q.shape, q.dtype),

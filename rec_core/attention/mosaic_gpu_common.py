@@ -42,6 +42,33 @@ def named_barrier(operation: str, number: Any, threads: int) -> None:
     barrier(number)
 
 
+def fence_smem(interpret: bool) -> None:
+    """Shows what this thread wrote to shared memory to matrix products and copies; a barrier of the threads follows."""
+    if interpret:
+        plgpu.commit_smem()
+        return
+
+    @plgpu.inline_mgpu()
+    def fence(_: Any) -> None:
+        mgpu.utils.inline_ptx("fence.proxy.async.shared::cta;")
+
+    fence()
+
+
+def hold(x: Array, never: Any, barrier: Any) -> Array:
+    """``x``, behind a branch that is ``never`` taken, which the compiler cannot know.
+
+    It moves the wait for a product up to the last branch, above the exponentials that are to run beside that product,
+    and these below a branch that does not use them.
+    """
+
+    def other(x: Array) -> Array:
+        plgpu.barrier_wait(barrier)
+        return x * 0.0
+
+    return lax.cond(never, other, lambda x: x, x)
+
+
 def there_and_back(program: Any, programs: int, items: int) -> tuple[Any, Any]:
     """``(item, number)``: a program's items, ``item(0) .. item(number - 1)``, going over the grid there and back."""
     rounds = -(-items // programs)

@@ -36,8 +36,10 @@ from rec_core.attention.mosaic_gpu_common import (
     there_and_back,
     wgmma_accumulator_store,
 )
+from rec_core.attention.mosaic_gpu_mask import keep_columns
 from rec_core.attention.mosaic_gpu_plan import HEAD, PER_GROUP, Plan, key_block
 
+BEYOND = 1 << 28  # columns further than any block is wide
 LOWEST = -1e30  # the maximum of a row that has seen nothing yet; finite, so that differences with it are
 
 
@@ -52,6 +54,7 @@ class _Call(NamedTuple):
     programs: int
     scale: float  # of logits in base 2
     own: str
+    maybe_empty: bool  # whether a row of an item may see nothing
     dtype: Any
     interpret: bool
 
@@ -116,7 +119,7 @@ class _Program:
 
     @property
     def takes_turns(self) -> bool:
-        return self.call.blocks.groups > 1
+        return self.call.blocks.turns and self.call.blocks.groups > 1
 
     def arrive(self, kind: str, index: Any = 0) -> None:
         """Says that a buffer ("q", "k", "v") is free, or that it is the turn of warpgroup ``index``.
@@ -376,14 +379,15 @@ def _open(p: _Program, place: Any, before: Any) -> _Item:
 def _mask(p: _Program, x: _Item, start: Array, end: Array, s: Array, step: Any) -> Array:
     """Logits of a step's block, -inf where a row may not look."""
     offset = p.block(step, x.diag, x.diag_last, x.base) * p.call.blocks.block_k
-    # With the offset in it the compiler makes the column numbers anew; else it keeps one register for each, and spills.
-    column = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=WGMMA) + offset
-    see = (column >= over_columns(start, s)) & (column < over_columns(end, s))
-    if p.call.own != "none":
-        low = x.tile * (BLOCK_Q * p.call.blocks.groups) + p.warpgroup * BLOCK_Q
-        own = column == plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=WGMMA) + low
-        see = (see | own) if p.call.own == "same" else ((see & (step >= x.diag)) | (own & (step < x.diag)))
-    return jnp.where(see, s, -jnp.inf)
+    first, last = start - offset, end - offset
+    if p.call.own == "none":
+        return keep_columns(s, first, last, None, -jnp.inf, interpret=p.call.interpret)
+    low = x.tile * (BLOCK_Q * p.call.blocks.groups) + p.warpgroup * BLOCK_Q
+    own = plgpu.broadcasted_iota(jnp.int32, start.shape, 0, layout=ROW) + (low - offset)
+    if p.call.own == "separate":  # a block of own keys has no others, one of others none of them
+        away = jnp.where(step < x.diag, BEYOND, 0)
+        first, last, own = first + away, last + away, own + (BEYOND - away)
+    return keep_columns(s, first, last, own, -jnp.inf, interpret=p.call.interpret)
 
 
 def _softmax(s: Array, top: Array, norm: Array, scale: float) -> tuple[Array, Array, Array, Array]:
@@ -396,7 +400,7 @@ def _softmax(s: Array, top: Array, norm: Array, scale: float) -> tuple[Array, Ar
 
 def _store(p: _Program, x: _Item, out: Array, top: Array, norm: Array) -> None:
     refs, width = p.refs, p.call.width
-    some = jnp.where(norm > 0, norm, 1.0) if p.call.own == "none" else norm
+    some = jnp.where(norm > 0, norm, 1.0) if p.call.maybe_empty else norm
     out = (out * over_columns(1.0 / some, out)).astype(p.call.dtype)
     rows = pl.ds(x.tile * (BLOCK_Q * p.call.blocks.groups) + p.warpgroup * BLOCK_Q, BLOCK_Q)
     for at in range(0, width, CHUNK):
@@ -437,7 +441,9 @@ def forward(
     parts, padded = planned.start.shape
     groups, q_stages, stages = blocks.groups, blocks.q_stages, blocks.stages
     items = planned.table.shape[0] * heads
-    call = _Call(blocks, width, heads, heads // k.shape[2], items, programs, scale * LOG2_E, own, q.dtype, interpret)
+    empty = own == "none" or parts > q.shape[0]
+    group, logit_scale = heads // k.shape[2], scale * LOG2_E
+    call = _Call(blocks, width, heads, group, items, programs, logit_scale, own, empty, q.dtype, interpret)
 
     def barrier(arrivals: int, number: int) -> Any:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
@@ -457,7 +463,7 @@ def forward(
     ]
     if interpret:
         scratch += [barrier(groups, q_stages), barrier(groups, stages), barrier(groups, stages)]
-        scratch += [barrier(1, groups)] if groups > 1 else []
+        scratch += [barrier(1, groups)] if groups > 1 and blocks.turns else []
     out, lse = plgpu.kernel(
         functools.partial(_kernel, call),
         out_type=[

@@ -1,4 +1,4 @@
-"""The plan of the kernels that walk by rows: the key blocks a tile of rows visits, their order, their masks.
+"""The plans of the kernels: the key blocks a tile of rows visits, and the rows a tile of keys meets; which need a mask.
 
 Made once per batch, in plain XLA, for all heads and layers; it starts from the bounds of ``schedule``.
 """
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from rec_core.attention.blocks import BLOCK_Q, ENTRIES, Forward
+from rec_core.attention.blocks import BLOCK_Q, ENTRIES, KEYS, Forward
 from rec_core.attention.schedule import schedule
 
 HEAD, PER_GROUP = 8, 8  # int32 of a tile in the table: of all, then of each warpgroup
@@ -49,7 +49,8 @@ def plan(
       k_start, k_end: row i sees keys [k_start_i, k_end_i), cut to [0, keys).
       own: "same" if the rows' own keys are those at their place in k, "separate" if they are arrays of their own,
         "none" for no self term.
-      splits: parts in which the key blocks of each tile are cut, each an item of its own.
+      splits: parts in which the key blocks of each tile are cut, each an item of its own; separate own keys go with the
+        first. "same" cannot be split.
       ordered: False leaves tiles in their order, for a grid that has a program for each item.
     """
     batch, rows = k_start.shape
@@ -83,11 +84,11 @@ def _table(start: Array, end: Array, rows: int, blocks: Forward, own: str, split
     )
     number = jnp.broadcast_to(jnp.arange(tiles, dtype=jnp.int32)[:, None], (parts, tiles, 1))
     low_row = number * tile + jnp.arange(groups, dtype=jnp.int32) * BLOCK_Q
-    if own == "none":
-        last = jnp.maximum(last, first + 1)  # one masked block at least, so that no tile is without a step
-        diag_first = diag_last = jnp.zeros_like(number)
-    else:
-        diag_first, diag_last = number * tile // block_k, -(-jnp.minimum((number + 1) * tile, rows) // block_k)
+    part = jnp.broadcast_to(jnp.arange(parts, dtype=jnp.int32)[:, None, None], number.shape)
+    has_own = (part % splits == 0) & (own != "none")
+    last = jnp.where(has_own, last, jnp.maximum(last, first + 1))  # so that no tile is without a step
+    diag_first, diag_last = number * tile // block_k, -(-jnp.minimum((number + 1) * tile, rows) // block_k)
+    diag_first, diag_last = (jnp.where(has_own, edge, 0) for edge in (diag_first, diag_last))
     diag = diag_last - diag_first
 
     # Steps: the diagonal blocks from the last to the first, then those of the ranges. Where the rows' own keys are
@@ -121,7 +122,7 @@ def _table(start: Array, end: Array, rows: int, blocks: Forward, own: str, split
     if own != "none":
         own_first = jnp.minimum(low_row, rows - 1) // block_k
         own_last = jnp.maximum(-(-jnp.minimum(low_row + BLOCK_Q, rows) // block_k), own_first + 1)
-        spans.append((own_first, own_last, diagonal))
+        spans.append((own_first, jnp.where(has_own, own_last, 0), diagonal))
     step_first = functools.reduce(jnp.minimum, [jnp.where(a < b, at(b - 1), far) for a, b, at in spans])
     step_last = functools.reduce(jnp.maximum, [jnp.where(a < b, at(a) + 1, 0) for a, b, at in spans])
     step_first = jnp.minimum(step_first, steps - 1)
@@ -137,12 +138,10 @@ def _table(start: Array, end: Array, rows: int, blocks: Forward, own: str, split
     plain_first = jnp.where(plain, jnp.clip(step(mine.full_last - 1), step_first, step_last), step_last)
     plain_last = jnp.where(plain, jnp.clip(step(bottom) + 1, plain_first, step_last), step_last)
 
-    part = jnp.broadcast_to(jnp.arange(parts, dtype=jnp.int32)[:, None, None], number.shape)
     head = jnp.concatenate([steps, diag, diag_last, base, part // splits, number, part, jnp.zeros_like(part)], axis=-1)
     walks = jnp.stack([step_first, step_last, plain_first, plain_last], axis=-1)
-    walks = jnp.pad(walks, [(0, 0)] * 3 + [(0, PER_GROUP - walks.shape[-1])]).reshape(parts, tiles, -1)
-    table = jnp.concatenate([head, walks], axis=-1).astype(jnp.int32).reshape(parts * tiles, -1)
-    return jnp.pad(table, [(0, 0), (0, ENTRIES - table.shape[1])])
+    table = jnp.concatenate([head, _padded(walks, PER_GROUP).reshape(parts, tiles, -1)], axis=-1).astype(jnp.int32)
+    return _padded(table, ENTRIES).reshape(-1, ENTRIES)
 
 
 def key_block(own: str, step: Any, diag: Any, diag_last: Any, base: Any) -> Any:
@@ -153,3 +152,57 @@ def key_block(own: str, step: Any, diag: Any, diag_last: Any, base: Any) -> Any:
     if own == "same":
         block = block - jnp.where(block < diag_last, diag, 0)
     return jnp.where(step < diag, diag_last - 1 - step, block)
+
+
+class KeyPlan(NamedTuple):
+    """The work of the kernel that walks by keys.
+
+    Attributes:
+      order: tiles of keys by falling number of blocks of rows.
+      table: per tile its first block of 64 rows, how many it meets, example, number; and per warpgroup, counted from
+        the tile's first, the blocks ``[first, last)`` that concern it and ``[plain_first, plain_last)`` that need no
+        mask.
+    """
+
+    order: Int[Array, " tiles"]
+    table: Int[Array, "tiles 32"]
+
+
+def plan_keys(start: Int[Array, "B T"], end: Int[Array, "B T"], keys: int, groups: int, own: str) -> KeyPlan:
+    """Which blocks of rows a tile of ``groups`` times 64 keys meets: the hull of those whose ranges, or own places if
+    ``own`` is "same", touch it."""
+    visits = schedule(start, end, BLOCK_Q, KEYS)
+    tiles = -(-keys // (KEYS * groups))
+    piece = jnp.arange(tiles * groups, dtype=jnp.int32)[None, :, None]
+    block = jnp.arange(visits.first.shape[1], dtype=jnp.int32)
+    sees = (visits.first[:, None] <= piece) & (piece < visits.last[:, None])  # [B, pieces of keys, blocks of rows]
+    whole = (visits.full_first[:, None] <= piece) & (piece < visits.full_last[:, None])
+    if own == "same":
+        sees, whole = sees | (block == piece), whole & (block != piece)
+    count = block.shape[0]
+    last = jnp.max(jnp.where(sees, block + 1, 0), axis=-1)
+    first = jnp.minimum(jnp.min(jnp.where(sees, block, count), axis=-1), last)
+    plain_first = jnp.min(jnp.where(whole, block, count), axis=-1)
+    plain_last = jnp.min(jnp.where(~whole & (block >= plain_first[..., None]), block, count), axis=-1)
+    plain_first = jnp.minimum(plain_first, last)
+    plain_last = jnp.clip(plain_last, plain_first, last)
+    walks = jnp.stack([first, last, plain_first, plain_last], axis=-1)
+    walks = walks.reshape(start.shape[0], tiles, groups, -1)
+    some = walks[..., 0] < walks[..., 1]
+    low = jnp.min(jnp.where(some, walks[..., 0], count), axis=-1)
+    high = jnp.max(jnp.where(some, walks[..., 1], 0), axis=-1)
+    low = jnp.minimum(low, high)
+    walks = jnp.clip(walks - low[..., None, None], 0)
+    example, number = (
+        jnp.broadcast_to(x, low.shape)
+        for x in (jnp.arange(start.shape[0], dtype=jnp.int32)[:, None], jnp.arange(tiles, dtype=jnp.int32))
+    )
+    head = jnp.stack([low, high - low, example, number], axis=-1)
+    table = jnp.concatenate([_padded(head, HEAD), _padded(walks, PER_GROUP).reshape(*low.shape, -1)], axis=-1)
+    table = _padded(table.astype(jnp.int32), ENTRIES).reshape(-1, ENTRIES)
+    return KeyPlan(jnp.argsort(-table[:, 1], stable=True).astype(jnp.int32), table)
+
+
+def _padded(x: Array, length: int) -> Array:
+    """``x`` with zeros behind its last axis."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])])

@@ -11,6 +11,7 @@ import pytest
 from gpu_kernels import arrays, error, exact, interpreted
 from hypothesis import example, given, settings
 from jax.experimental.mosaic.gpu import utils as mosaic_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -20,7 +21,7 @@ from rec_core.attention import ranges_from_segments
 from rec_core.attention.api import Call
 from rec_core.attention.blocks import Backward, Forward
 from rec_core.attention.mosaic_gpu import range_attention_mosaic_gpu, split_number, supports
-from rec_core.attention.mosaic_gpu_plan import plan
+from rec_core.attention.mosaic_gpu_plan import plan, plan_keys
 from rec_core.attention.reference import range_attention_reference
 
 SMALL = Forward(block_k=64)
@@ -53,7 +54,7 @@ def ranges(draw):
 
 def walks(made, blocks, own):
     """(part, first row, (key block, on the diagonal) of a warpgroup's steps, those of them without mask, all)."""
-    call = kernel._Call(blocks, 64, 1, 1, 1, 1, 1.0, own, jnp.bfloat16, True)
+    call = kernel._Call(blocks, 64, 1, 1, 1, 1, 1.0, own, True, jnp.bfloat16, True)
     program = kernel._Program(call, None, None, None)
     table = np.asarray(made.table)
     steps = np.arange(table[:, 0].max(initial=1))
@@ -80,6 +81,7 @@ def walks(made, blocks, own):
         (Forward(groups=1), "same", 1),
         (Forward(groups=2), "separate", 1),
         (Forward(groups=2, block_k=64), "none", 4),
+        (Forward(groups=2, block_k=64), "separate", 3),
     ],
 )
 def test_each_warpgroup_visits_what_its_rows_see_once_and_masks_what_they_see_in_part(blocks, own, splits, bounds):
@@ -97,7 +99,7 @@ def test_each_warpgroup_visits_what_its_rows_see_once_and_masks_what_they_see_in
         assert batch == part // splits
         low, high = part_start[part, rows], part_end[part, rows]
         seen = {x for a, b in zip(low, high) if a < b for x in range(a // size, -(-b // size))}
-        mine = {x for x in rows // size} if own != "none" else set()
+        mine = {x for x in rows // size} if own != "none" and part % splits == 0 else set()
         if own == "same":
             assert seen | mine <= {x for x, _ in visits}
         else:
@@ -117,7 +119,23 @@ def test_parts_of_a_long_range_are_even():
     assert made.table[:, 0].tolist() == [8, 8, 8, 8] and made.order.tolist() == [0, 1, 2, 3]
 
 
-# Values in interpret mode.
+def test_a_user_of_50_000_tokens_is_planned_as_by_hand():
+    tokens, tile, block = 50_000, 192, 128
+    end = jnp.arange(tokens, dtype=jnp.int32)[None]
+    made = jax.jit(lambda end: plan(0 * end, end, tokens, Forward(groups=3), "same"))(end)
+    steps = np.asarray(made.table)[:, 0]
+    assert steps.tolist() == [-(-min((t + 1) * tile, tokens) // block) for t in range(-(-tokens // tile))]
+    by_keys = jax.jit(lambda end: plan_keys(0 * end, end, tokens, 2, "same"))(end)
+    first, count = np.asarray(by_keys.table)[:, :2].T
+    assert first.tolist() == [2 * t for t in range(-(-tokens // block))]
+    assert (first + count == -(-tokens // 64)).all()
+
+
+# Values in interpret mode: outputs are not a number until they are written.
+
+
+def test_the_interpreter_poisons_what_is_not_written():
+    assert plgpu.InterpretGPUParams().uninitialized_memory == "nan"
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -179,7 +197,12 @@ PACKED = gpu()
 @pytest.mark.parametrize(
     ("blocks", "sizes", "own", "settings"),
     [
-        (Forward(groups=3, split_loop=True), {"rows": 300, "keys": 300, "dtype": jnp.float16}, "same", {}),
+        (
+            Forward(groups=3, split_loop=True, turns=False),
+            {"rows": 300, "keys": 300, "dtype": jnp.float16},
+            "same",
+            {},
+        ),
         (
             Forward(block_k=64, groups=1),
             {"rows": 70, "keys": 200, "heads": 2, "width": 128},
@@ -292,12 +315,23 @@ def test_lowers_for_hopper(hopper, shape):
     assert text.count("@mosaic_gpu") == 1 and text.count("range_attention_forward") >= 1
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(
-    ("width", "blocks"),
-    [(width, one) for width, found in tables.FORWARD_CANDIDATES.items() for one in found],
+    ("shape", "kernels"),
+    [("causal D64", ["dq_dk_dv"]), ("causal D128", ["dq", "dk_dv"])],
 )
-def test_every_candidate_fits(width, blocks):
-    tables.check_forward(blocks, width)
+def test_gradients_lower_for_hopper(hopper, shape, kernels):
+    text = traced(**REAL[shape], gradient=True)[0].lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 1 + len(kernels)
+    assert all(f"range_attention_{name}" in text for name in kernels)
+
+
+@pytest.mark.parametrize("width", tables.FORWARD_CANDIDATES)
+def test_every_candidate_fits(width):
+    for blocks in tables.FORWARD_CANDIDATES[width]:
+        tables.check_forward(blocks, width)
+    for blocks in tables.BACKWARD_CANDIDATES[width]:
+        tables.check_backward(blocks, width)
 
 
 def test_lowers_for_hopper_inside_shard_map(hopper):
@@ -370,8 +404,13 @@ def test_what_cannot_be_served_is_refused_with_its_reason(monkeypatch):
         ({"width": 32}, {}, "head width 32 is not one of"),
         ({}, {"forward": Forward(block_k=100)}, "block_k one of 64"),
         ({}, {"forward": Forward(groups=4)}, "groups is 1 to 3"),
-        ({}, {"forward": Forward(block_k=64, stages=6)}, "groups \\+ q_stages \\+ 2 stages at most 12"),
+        ({}, {"forward": Forward(block_k=64, stages=6)}, "\\+ q_stages \\+ 2 stages at most 12"),
         ({"width": 256}, {"forward": Forward()}, "bytes of shared memory, of which there are 232448"),
+        ({}, {"backward": Backward(keys_groups=4)}, "groups at most 3"),
+        ({}, {"backward": Backward(rows_tiles=0)}, "counts are 1 or more"),
+        ({}, {"backward": Backward(keys_stages=5)}, "keys_groups \\+ keys_tiles \\+ 2 keys_stages is at most 12"),
+        ({"width": 128}, {"backward": Backward(one_pass=True, keys_tiles=2)}, "give fewer keys_tiles or keys_stages"),
+        ({"width": 256}, {"backward": Backward(keys_stages=1)}, "give fewer rows_tiles or rows_stages"),
     ],
 )
 def test_arrays_and_blocks_that_the_kernel_does_not_have(change, settings, message):
@@ -383,10 +422,19 @@ def test_arrays_and_blocks_that_the_kernel_does_not_have(change, settings, messa
 
 @pytest.mark.parametrize(
     ("items", "keys", "splits"),
-    [(64, 4096, 2), (32, 8192, 4), (67, 4096, 1), (1, 100_000, 128), (1, 1500, 2), (1, 5, 1)],
+    [
+        (64, 4096, 2),
+        (32, 8192, 4),
+        (67, 4096, 3),
+        (192, 4096, 2),
+        (264, 4096, 1),
+        (1, 100_000, 131),
+        (1, 1500, 2),
+        (1, 5, 1),
+    ],
 )
-def test_keys_are_split_until_the_items_fill_the_device_once(items, keys, splits):
-    assert split_number(items, keys, 132) == splits
+def test_keys_are_split_so_that_the_busiest_program_is_done_soonest(items, keys, splits):
+    assert split_number(items, keys, 132, Forward()) == splits
 
 
 @pytest.mark.portable

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from gpu_kernels import arrays, error, exact, interpreted
 
-from rec_core.attention import mosaic_gpu_backward_keys as by_keys
 from rec_core.attention import ranges_from_segments
-from rec_core.attention.blocks import BACKWARD_CANDIDATES, Backward, Forward, backward_blocks
+from rec_core.attention.blocks import BACKWARD_CANDIDATES, BLOCK_Q, KEYS, Backward, Forward, backward_blocks
 from rec_core.attention.mosaic_gpu import range_attention_mosaic_gpu, range_attention_mosaic_gpu_deterministic
+from rec_core.attention.mosaic_gpu_plan import HEAD, PER_GROUP, plan_keys
 from rec_core.attention.reference import range_attention_reference
 
-TWO_KERNELS, ONE_PASS, WIDE = Backward(), Backward(one_pass=True), BACKWARD_CANDIDATES[256][0]
+TWO_KERNELS, ONE_PASS = Backward(keys_tiles=2, rows_tiles=2), Backward(one_pass=True, keys_tiles=2)
+WIDE = BACKWARD_CANDIDATES[256][0]
 # A long user, one of a single token, queries without a prefix, more queries than prefix, padding; then one user alone.
 IDS = np.array([np.repeat([1, 2, 3, 4, 0], [120, 1, 9, 40, 30]), np.repeat([1], 200)], np.int32)
 QUERY = np.array([np.repeat([0, 1, 0, 1, 0, 1, 0], [90, 30, 1, 9, 10, 30, 30]), np.repeat([0, 1], [150, 50])]) > 0
@@ -39,7 +40,7 @@ def gradients(function, own, data, start, end):
     [
         (ONE_PASS, "same", {"batch": 2, "heads": 2, "dtype": jnp.float16}),
         (TWO_KERNELS, "same", {"batch": 2, "heads": 2}),
-        (ONE_PASS, "none", {"rows": 100, "keys": 130, "width": 128}),
+        (Backward(one_pass=True), "none", {"rows": 100, "keys": 130, "width": 128}),
         (TWO_KERNELS, "separate", {"rows": 70, "keys": 300, "heads": 2, "kv_heads": 2, "width": 128}),
         (WIDE, "same", {"batch": 2, "width": 256}),
         (Backward(rows_groups=3, keys_groups=3, rows_block_k=128), "none", {"rows": 210, "keys": 200}),
@@ -85,7 +86,8 @@ def test_the_deterministic_one_never_sums_on_the_way(monkeypatch):
 def test_a_tile_of_keys_meets_every_row_that_sees_it_and_masks_those_that_see_it_in_part(own):
     start, end = (np.asarray(x) for x in ranges_from_segments(IDS, is_query=QUERY))
     rows = IDS.shape[1]
-    made = by_keys.plan_keys(jnp.asarray(start), jnp.asarray(end), rows, rows, Backward(keys_groups=1), own)
+    groups = 2
+    made = plan_keys(jnp.asarray(start), jnp.asarray(end), rows, groups, own)
     key, row = np.arange(rows), np.arange(rows)[:, None]
     see = (start[..., None] <= key) & (key < end[..., None])
     if own == "same":
@@ -93,10 +95,20 @@ def test_a_tile_of_keys_meets_every_row_that_sees_it_and_masks_those_that_see_it
     table = np.asarray(made.table)
     assert sorted(made.order.tolist()) == list(range(len(table)))
     assert (np.diff(table[np.asarray(made.order), 1]) <= 0).all()
-    for first, count, plain_first, plain_last, example, tile in table[:, :6]:
-        mine = see[example, :, tile * by_keys.KEYS : (tile + 1) * by_keys.KEYS]
-        blocks = [mine[at : at + by_keys.BLOCK_Q] for at in range(0, rows, by_keys.BLOCK_Q)]
-        visited = range(first, first + count)
-        assert all(number in visited for number, block in enumerate(blocks) if block.any())
-        assert all(blocks[first + number].all() for number in range(plain_first, plain_last))
-    assert (table[:, 3] > table[:, 2]).any()  # some need no mask, or this says nothing of them
+    plain = 0
+    for first, count, example, tile in table[:, :4]:
+        visited = []
+        for g in range(groups):
+            walk_first, walk_last, plain_first, plain_last = table[
+                (table[:, 2] == example) & (table[:, 3] == tile), HEAD + g * PER_GROUP :
+            ][0, :4]
+            assert 0 <= walk_first <= plain_first <= plain_last <= walk_last <= count
+            mine = see[example, :, (tile * groups + g) * KEYS : (tile * groups + g + 1) * KEYS]
+            blocks = [mine[at : at + BLOCK_Q] for at in range(0, rows, BLOCK_Q)]
+            walk = range(first + walk_first, first + walk_last)
+            assert all(number in walk for number, block in enumerate(blocks) if block.any())
+            assert all(blocks[first + number].all() for number in range(plain_first, plain_last))
+            visited += walk
+            plain += plain_last - plain_first
+        assert count == (max(visited) + 1 - min(visited) if visited else 0)
+    assert plain  # some need no mask, or this says nothing of them
