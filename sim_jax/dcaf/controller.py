@@ -35,7 +35,9 @@ class Config:
     `1 / integral` seconds. There, with one tick of delay, three times the gains still settle and five times oscillate.
 
     Attributes:
-      cap: least and largest cap, in the unit of the costs, above 0. The least should admit the cheapest action.
+      cap: least and largest cap, in the unit of the costs, above 0. A least cap that admits the cheapest action leaves
+        skipping to the price; one far below it lets the controller skip a share of all, through `policy.dither`, and so
+        shed any load, also at a price that is not of the moment.
       floor: least and largest floor, at 0 and at full power; (0, 0) leaves skipping free at all times.
       latency, utilization, queue, failures: what each signal should not exceed: seconds, a share of capacity below 1
         (a saturated system must look hot), requests waiting, a share of requests.

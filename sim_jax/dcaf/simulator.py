@@ -10,6 +10,7 @@ throughput, utilisation and arrivals since the last time say there is.
 
 import functools
 import itertools
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from jaxtyping import Array, Float
 from sim_jax.dcaf import controller, multiplier, policy
 from sim_jax.dcaf.pool import Pool
 
+_JUMP = 0.1  # of the budget: what a multiplier may leave before the system is kept busy by the other side of the jump
 _PART = 512  # requests that one call of the policy chooses for: one shape, compiled once
 
 
@@ -52,6 +54,7 @@ class Traffic:
       deadline: seconds after which an answer is a failure.
       events: surges and losses.
       window: requests of the log that the multiplier is solved on; refresh: seconds between two solutions.
+      delay: ticks by which the controller sees what was measured later than at the end of that tick.
     """
 
     seconds: float = 60.0
@@ -63,6 +66,7 @@ class Traffic:
     events: tuple[Event, ...] = ()
     window: int = 4096
     refresh: float = 1.0
+    delay: int = 0
 
     def __post_init__(self) -> None:
         for name in ("seconds", "tick", "rate", "capacity", "servers", "deadline", "window", "refresh"):
@@ -73,6 +77,8 @@ class Traffic:
                 f"dcaf.simulator.Traffic: tick is {self.tick}, must be at most seconds={self.seconds} and "
                 f"refresh={self.refresh}"
             )
+        if self.delay < 0:
+            raise ValueError(f"dcaf.simulator.Traffic: delay is {self.delay}, must be at least 0 ticks")
 
     def at(self, second: float) -> tuple[float, float]:
         """Rate and capacity at a moment."""
@@ -166,6 +172,7 @@ def simulate(
         limits = controller.Limits(jnp.float32(0), jnp.float32(np.inf))
     value = price or 0.0
     recent = np.zeros(0, np.int64)
+    measured: deque[controller.Load] = deque()  # not yet seen by the controller
     ticks = round(traffic.seconds / traffic.tick)
     every = max(1, round(traffic.refresh / traffic.tick))
     columns: dict[str, list[float]] = {name: [] for name in Trace.__dataclass_fields__}
@@ -202,8 +209,9 @@ def simulate(
         }
         for name, column in columns.items():
             column.append(float(entry[name]))
-        if control is not None:
-            state, limits = _step(state, load, control)
+        measured.append(load)
+        if control is not None and len(measured) > traffic.delay:
+            state, limits = _step(state, measured.popleft(), control)
         recent = np.concatenate([recent, rows])[-traffic.window :]
         if control is not None and price is None and (number + 1) % every == 0 and len(recent) == traffic.window:
             spend, busy, arrived = (sum(columns[name][-every:]) for name in ("spend", "utilization", "arrived"))
@@ -291,8 +299,14 @@ def _step(
 
 
 def _price(window: Array, costs: np.ndarray, share: float, control: controller.Config) -> float:
-    """The multiplier that spends `share` on each request of the window, or the least that the floor allows."""
+    """The multiplier that spends `share` on each request of the window, or the least that the floor allows.
+
+    Where many requests are exactly alike, as to a coarse estimator, the spend jumps over the budget: the feasible side
+    would leave the system idle, so the other is taken, and the controller's dithered cap brings the mean down.
+    """
     floor, cap, requests = control.floor[0], control.cap[1], len(window)
     least = multiplier.least_spend(costs, requests, floor=floor, cap=cap)
     budget = requests * min(share, float(costs.max()))
-    return float(multiplier.solve(window, costs, max(budget, least), floor=floor, cap=cap).multiplier or 0.0)
+    found = multiplier.solve(window, costs, max(budget, least), floor=floor, cap=cap)
+    value = np.float32(found.multiplier or 0.0)
+    return float(np.nextafter(value, np.float32(0)) if found.left > _JUMP * budget else value)

@@ -37,7 +37,9 @@ class Config:
       hidden: widths of the hidden layers.
       monotone: gains are at least 0 and never fall from one action to the next, `Q_ij = sum_(k <= j) softplus(o_ik)`:
         the paper's assumption. False leaves each action free.
-      scale: a typical gain in the log's unit; the net works in units of it.
+      scale: a typical spread of gains between requests, in the log's unit; the net works in units of it.
+      start: mean gain of each action, at which the training starts: without it the net has to learn first what all
+        requests have in common, which takes long where that is large beside their spread. () for none.
       dtype: compute dtype; parameters and estimates are float32.
     """
 
@@ -47,6 +49,7 @@ class Config:
     hidden: tuple[int, ...] = (64, 32)
     monotone: bool = True
     scale: float = 1.0
+    start: tuple[float, ...] = ()
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -60,6 +63,10 @@ class Config:
             raise ValueError(f"dcaf.value.Config: hidden is {self.hidden}, must be widths of at least one layer")
         if not 0 < self.scale < float("inf"):
             raise ValueError(f"dcaf.value.Config: scale is {self.scale}, must be a finite gain above 0")
+        if self.start and (len(self.start) != self.actions or not np.isfinite(self.start).all()):
+            raise ValueError(
+                f"dcaf.value.Config: start is {self.start}, must be () or {self.actions} finite mean gains"
+            )
         if self.dtype not in _DTYPES:
             raise ValueError(f"dcaf.value.Config: dtype is {self.dtype!r}, must be one of {_DTYPES}")
         embedding.tables(self.features)
@@ -99,8 +106,18 @@ class Net(nn.Module):
         x = x.astype(c.dtype)
         for i, units in enumerate(c.hidden):
             x = nn.relu(nn.Dense(units, dtype=c.dtype, name=f"mlp_{i}")(x))
-        out = nn.Dense(c.actions, dtype=jnp.float32, name="gain")(x.astype(jnp.float32))
+        first = nn.initializers.constant(_bias(c)) if c.start else nn.initializers.zeros
+        out = nn.Dense(c.actions, dtype=jnp.float32, bias_init=first, name="gain")(x.astype(jnp.float32))
         return jnp.cumsum(nn.softplus(out), axis=-1) if c.monotone else out
+
+
+def _bias(config: Config) -> np.ndarray:
+    """The output's bias at which the estimates are `start`."""
+    start = np.asarray(config.start) / config.scale
+    if not config.monotone:
+        return start
+    steps = np.maximum(np.diff(start, prepend=0.0), 1e-3)  # a mean that falls cannot be met; by less than this it rises
+    return steps + np.log(-np.expm1(-steps))  # the inverse of softplus
 
 
 def init(key: Array, config: Config) -> dict[str, Any]:

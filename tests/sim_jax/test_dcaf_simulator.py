@@ -129,6 +129,34 @@ def test_few_actions_far_apart_do_not_make_it_swing():
         assert phase.failure < 1e-3 and phase.swing < 0.25 and phase.utilization > 0.75
 
 
+def test_requests_that_are_all_alike_keep_the_system_busy():
+    """A price serves all of them or none: the cap sees to the share that capacity allows."""
+    alike = np.tile(np.sqrt(COSTS), (100, 1))
+    short = dataclasses.replace(TRAFFIC, seconds=24, events=(SURGE,))
+    control = dataclasses.replace(CONTROL, cap=(0.05, 20.0), floor=(0.0, 0.0))
+    for phase in simulator.phases(simulator.simulate(alike, COSTS, short, control), short, settle=SETTLE):
+        assert phase.failure < 1e-3 and phase.swing < 0.25 and 0.7 < phase.utilization < 0.85
+
+
+def test_a_cap_below_the_cheapest_action_sheds_load_at_any_price():
+    """At a price of 0 everybody asks for the best; 12 times the load can be carried by skipping alone."""
+    few = [4, 6]
+    short = dataclasses.replace(TRAFFIC, seconds=24, events=(Event(12, 24, traffic=12.0),))
+    control = dataclasses.replace(CONTROL, cap=(0.05, 20.0), floor=(0.0, 0.0))
+    trace = simulator.simulate(log()[:, few], COSTS[few], short, control, price=0.0)
+    surge = simulator.phases(trace, short, settle=SETTLE)[1]
+    assert surge.failure < 1e-3 and surge.skipped > 0.9 and surge.utilization > 0.7
+
+
+@pytest.mark.parametrize("delay", [1, 2])
+def test_measurements_that_come_late_are_seen_late(delay):
+    late = dataclasses.replace(TRAFFIC, seconds=24, events=(SURGE,), delay=delay)
+    trace, prompt = run(traffic=late), run(traffic=dataclasses.replace(late, delay=0))
+    assert (trace.cap[: delay + 1] == CONTROL.cap[0]).all()
+    np.testing.assert_allclose(trace.cap[1 + delay], prompt.cap[1], rtol=0.2)
+    assert simulator.phases(trace, late, settle=SETTLE)[1].failure < 1e-3
+
+
 def test_without_a_controller_the_surge_is_lost():
     short = dataclasses.replace(TRAFFIC, seconds=24, events=(SURGE,))
     quiet, surge = simulator.phases(run(None, held=True, traffic=short), short, settle=SETTLE)
@@ -179,6 +207,7 @@ def test_a_system_without_traffic():
         (lambda: Event(0, 1, traffic=-1.0), "traffic is -1.0"),
         (lambda: Event(0, 1, capacity=0.0), "capacity 0.0 above 0"),
         (lambda: Traffic(rate=0.0), "rate is 0.0, must be finite and above 0"),
+        (lambda: Traffic(delay=-1), "delay is -1, must be at least 0 ticks"),
         (lambda: Traffic(seconds=0.05), "tick is 0.1, must be at most seconds=0.05"),
         (lambda: simulator.simulate(log(), COSTS, TRAFFIC, None), "without a controller.*give a price"),
         (lambda: simulator.simulate(log(), COSTS, TRAFFIC, CONTROL, price=-1.0), "price is -1.0"),

@@ -26,6 +26,15 @@ def test_monotone_estimates_never_fall_with_the_action():
     assert (np.diff(monotone, axis=1) >= 0).all() and (np.asarray(monotone) >= 0).all()
 
 
+@pytest.mark.parametrize("monotone", [True, False])
+def test_training_starts_at_the_mean_gains(monotone):
+    start = (1.0, 1.5, 4.0, 4.5, 9.0)
+    config = dataclasses.replace(CONFIG, start=start, monotone=monotone)
+    params = value.init(jax.random.key(0), config)
+    params["net"]["gain"]["kernel"] *= 0
+    np.testing.assert_allclose(apply(params, BATCH, config), np.tile(start, (8, 1)), rtol=1e-5)
+
+
 def test_loss_is_of_the_observed_alone():
     weight = np.array([1, 2, 0, 1, 1, 0, 3, 1], np.float32)
     batch = BATCH.replace(weight=weight)
@@ -84,6 +93,7 @@ def test_trained_on_a_period_it_allocates_the_next():
         ({"hidden": ()}, r"hidden is \(\), must be widths"),
         ({"scale": 0.0}, "scale is 0.0"),
         ({"scale": float("nan")}, "scale is nan"),
+        ({"start": (1.0, 2.0)}, r"start is \(1.0, 2.0\), must be \(\) or 5 finite mean gains"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
     ],
 )
