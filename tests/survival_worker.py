@@ -5,6 +5,17 @@ survival_worker.py DIRECTORY STEPS DATA MODEL [PORT PROCESS PROCESSES]
 
 import os
 import sys
+from pathlib import Path
+
+
+def environment(devices: int) -> dict[str, str]:
+    """What a worker process runs in: this process's own settings, with so many simulated devices."""
+    here = Path(__file__).parent
+    count = "--xla_force_host_platform_device_count="
+    return os.environ | {
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(f"{count}8", f"{count}{devices}"),
+        "PYTHONPATH": os.pathsep.join((str(here.parent), str(here))),
+    }
 
 
 def main(

@@ -1,6 +1,5 @@
 """Two real processes under jax.distributed give the numbers of one, and one goes on from their checkpoint."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -21,13 +20,9 @@ def free_port() -> int:
 
 
 def start(directory: Path, steps: int, devices: int, *distributed: int) -> subprocess.Popen[str]:
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS))),
-    }
     command = [sys.executable, str(TESTS / "survival_worker.py"), str(directory), str(steps), "2", "2"]
     command += [str(number) for number in distributed]
+    environment = survival_worker.environment(devices)
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 

@@ -151,9 +151,11 @@ def test_mimn_regulariser_evens_the_writing_out():
     assert MIMN(balance=False).apply({}, None, method="auxiliary") == {}
 
 
-def test_mimn_reads_with_one_query_only():
+def test_mimn_reads_several_queries_as_their_mean():
     module = MIMN(units=5)
     params, encode = build(module)
-    state = encode(draw(B, T, D), MASK)
-    with pytest.raises(ValueError, match=r"one query \[B, d\], got shape \(3, 6, 4\)"):
-        module.apply(params, state, draw(B, T, D), method="read")
+    state, queries = encode(draw(B, T, D), MASK), draw(B, T, D)
+    found = module.apply(params, state, queries, method="read")
+    wanted = module.apply(params, state, queries.mean(axis=1), method="read")
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    assert np.abs(found - module.apply(params, state, queries[:, 0], method="read")).max() > 1e-3
