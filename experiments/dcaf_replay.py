@@ -1,6 +1,6 @@
 """DCAF on a log whose gains are known: what it gains at equal compute, what it saves at equal gain, and its controller.
 
-    python -m experiments dcaf-replay                     # some minutes on two cores
+    python -m experiments dcaf-replay                     # ten minutes on two cores
     python -m experiments dcaf-replay --quick             # seconds: shows that everything works
     python -m experiments dcaf-replay --seeds 2 --rankers DNN SIM
 
@@ -50,7 +50,7 @@ ONE = "one request"
 
 @dataclass(frozen=True)
 class DcafReplay:
-    """Settings; the defaults fit two cores in under 8 minutes.
+    """Settings; the defaults take two cores ten minutes.
 
     Attributes:
       rankers: rows of `experiments.steps.dcaf_rankers.RANKERS`. counts: candidates that they may score.
