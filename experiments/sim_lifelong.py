@@ -6,12 +6,12 @@ general search alone, SIM by hard and by soft search without and with time, TWIN
 (the ceiling of this family) and the oracle. What the searches find of each other. Which clicks each model finds, by the
 days since the user's last behaviour in the category.
 
-    python -m experiments sim-lifelong                                 # one H100: about 10 minutes, 2 to make the world
+    python -m experiments sim-lifelong                                 # for an accelerator; not yet run in full
     python -m experiments sim-lifelong --ml-1m PATH/ml-1m              # and MovieLens-1M
     python -m experiments sim-lifelong --only DIN "SIM hard, time" --seeds 1    # two of them, on two cores
 
 All models have the same embeddings, the same interest module over the recent behaviours (DIN, unless they are called
-DIEN) and the same head; they see the same samples in the same orders. Result: `results/sim_lifelong.json`.
+DIEN) and the same head; they see the same samples in the same orders.
 """
 
 import zlib

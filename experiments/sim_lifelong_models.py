@@ -3,12 +3,14 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 import sim_jax
 import sim_jax.search
@@ -24,7 +26,7 @@ from rec_core.training import TrainConfig
 
 @dataclass(frozen=True)
 class SimLifelong:
-    """Settings; the defaults are those of the published result.
+    """Settings; the defaults are for one accelerator.
 
     Attributes:
       out: folder for report.html, result.json and the generated world.
@@ -162,6 +164,8 @@ def model_config(problem: Lifelong, name: str, settings: SimLifelong) -> tuple[s
         "short_options": (("hidden", (32,)),),
         "hidden": (64, 32),
     }
+    if model.changes.get("exact") in ("twin", "eta"):  # they search themselves: for as many as the others
+        common["exact_options"] = (("top", settings.top),)
     feed = Feed(model.kind, getattr(settings, model.length)) if model.length else Feed()
     return sim_jax.Config(**(common | dict(model.changes))), feed
 
@@ -178,6 +182,7 @@ def train_all(problem: Lifelong, config: SimLifelong) -> Trained:
     done = Trained(problem, lifelong.put(problem))
     size = min(config.batch_size, len(problem.train))
     steps = max(2, round(config.epochs * len(problem.train) / size))
+    steps -= steps % lifelong.CALL if steps > lifelong.CALL else 0  # whole calls: no other shape is compiled
     settings = TrainConfig(
         steps=steps, learning_rate=config.learning_rate, decay="linear", warmup=max(1, steps // 20), b2=0.99
     )
@@ -211,11 +216,6 @@ def recall(done: Trained, config: SimLifelong) -> dict[str, float]:
     index = jnp.asarray(problem.test[: config.recall_samples], jnp.int32)
     found: dict[str, list[float]] = {}
 
-    def share(position: Any, present: Any, among: Any, known: Any) -> float:
-        """Of `position`, the share that is in `among`."""
-        hit = (position[:, :, None] == among[:, None, :]) & known[:, None, :]
-        return float((hit.any(-1) & present).sum() / max(int(present.sum()), 1))
-
     def batch_of(name: str) -> tuple[sim_jax.Config, sim_jax.Batch]:
         model, feed = model_config(problem, name, config)
         return model, lifelong.make_batch(device, index, model, feed, config.recent)
@@ -229,14 +229,18 @@ def recall(done: Trained, config: SimLifelong) -> dict[str, float]:
             params = jax.tree.map(lambda x, seed=seed: x[seed], done.params[name])
             for first in chunks:
                 part = jax.tree.map(lambda x, first=first: x[first : first + 64], batch)
-                for key, value in _recall_of(name, params, part, model, config.top, share).items():
-                    found.setdefault(key, []).append(value)
+                for key, value in _recall_of(params, part, name=name, model=model, k=config.top).items():
+                    found.setdefault(key, []).append(float(value))
     return {key: float(np.mean(values)) for key, values in found.items()}
 
 
-def _recall_of(
-    name: str, params: Any, batch: sim_jax.Batch, model: sim_jax.Config, k: int, share: Any
-) -> dict[str, float]:
+@partial(jax.jit, static_argnames=("name", "model", "k"))
+def _recall_of(params: Any, batch: sim_jax.Batch, *, name: str, model: sim_jax.Config, k: int) -> dict[str, Array]:
+    def share(position: Array, present: Array, among: Array, known: Array) -> Array:
+        """Of the behaviours at `position` the share that is `among` others."""
+        hit = ((position[:, :, None] == among[:, None, :]) & known[:, None, :]).any(-1) & present
+        return hit.sum() / jnp.maximum(present.sum(), 1)
+
     mask = jnp.asarray(batch.long_mask)
     if name.startswith("SIM"):
         position, present = sim_jax.find(params, batch, model)
@@ -245,7 +249,7 @@ def _recall_of(
         hard = sim_jax.search.hard(batch.target["category"], batch.long["category"], mask, k)
         return {
             "hard_of_soft": share(position, present, *hard),
-            "same_category": float(same.sum() / max(int(present.sum()), 1)),
+            "same_category": same.sum() / jnp.maximum(present.sum(), 1),
         }
     target = embedding.embed(params["tables"], model.item_features, batch.target)
     sequence = embedding.embed(params["tables"], model.item_features, batch.long)
@@ -292,4 +296,4 @@ def long_term(done: Trained, config: SimLifelong, models: tuple[str, ...]) -> Lo
         found = found.reshape(config.seeds, len(clicks), 100)
         better = (found > found[:, :, :1]).sum(-1) + ((found == found[:, :, :1]).sum(-1) - 1) / 2
         hits[name] = (better < 10).astype(np.float64)
-    return LongTerm(lifelong.days_since_category(problem, clicks), problem.user[clicks], hits)
+    return LongTerm(lifelong.days_since_category(done.device, clicks), problem.user[clicks], hits)

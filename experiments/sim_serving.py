@@ -1,6 +1,6 @@
 """How fast SIM is served on this machine: the behaviour tree is built, appended to and asked, from LMDB and Redis.
 
-    python -m experiments sim-serving                          # about two minutes on two cores, 2 GB of disk
+    python -m experiments sim-serving                          # a minute on two cores, 2 GB of disk
     python -m experiments sim-serving --device                 # also `rank` and the training step, on an accelerator
     python -m experiments sim-serving --quick                  # seconds, small sizes: only shows that everything works
 
@@ -10,7 +10,6 @@ by Zipf's law of 5,000 in all. Appends to that tree follow, a batch a call, each
 events a (user, category), which is what the speed depends on. Look-ups are requests of single users with long
 histories: the distinct categories of the candidates, one batched question to the tree, the newest `k` behaviours of
 each as arrays; wall milliseconds, one at a time, after a warm-up of a tenth as many.
-Result: `results/sim_serving.json`.
 """
 
 import contextlib

@@ -8,7 +8,7 @@ import numpy as np
 from rec_core import embedding
 from rec_core.embedding import Feature
 from rec_core.interest import INTEREST
-from sim_jax.exact import AGES
+from rec_core.interest.base import AGES
 
 _SEARCH = ("none", "hard", "soft")
 _DTYPES = ("float32", "bfloat16")

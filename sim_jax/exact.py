@@ -9,12 +9,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from rec_core.interest import INTEREST
+from rec_core.interest.base import AGES, age_bucket
 
-_HOUR, _DAY = 3600.0, 86_400.0
-AGES = (
-    *(60.0, 600.0, _HOUR, 6 * _HOUR, _DAY, 2 * _DAY, 4 * _DAY, 7 * _DAY, 14 * _DAY, 30 * _DAY),
-    *(60 * _DAY, 90 * _DAY, 180 * _DAY, 365 * _DAY, 730 * _DAY),
-)
 ORDERED = ("mimn",)  # reads the order of its behaviours
 _OWN_TIME = ("twin",)  # embeds a behaviour's age itself
 _ANY_WIDTH = ("multi_head",)  # its target may be narrower than its behaviours
@@ -65,8 +61,7 @@ class ExactSearch(nn.Module):
             raise ValueError("the exact search unit needs the behaviours' time; or set age_width to 0")
         if not self._concatenates:
             return self.unit.encode(sequence, mask, time=time)
-        cuts = jnp.asarray(self.ages, jnp.float32)
-        bucket = jnp.searchsorted(cuts, jnp.where(mask, jnp.asarray(time), 0), side="right")
+        bucket = age_bucket(time, mask, self.ages)
         return self.unit.encode(jnp.concatenate([sequence, self.age(bucket)], axis=-1), mask)
 
     def read(self, encoded: Any, target: Float[Array, "B d"]) -> Float[Array, "B d_out"]:

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rec_core import embedding, losses
 from rec_core.embedding import Feature
 from rec_core.interest import INTEREST
-from rec_core.ranking.ctr import Head
+from rec_core.ranking.ctr import Head, click_sums
 from rec_core.sharding import constrain
 from sim_jax import search
 from sim_jax.batch import Batch, Request
@@ -164,23 +164,14 @@ def apply(params: Any, batch: Batch, config: Config, *, key: Array | None = None
     if train and key is None and (config.dropout > 0 or config.samples):
         raise ValueError(f"apply in training needs a key: dropout is {config.dropout}, sample {config.sample}")
     sample_key, dropout_key = (None, None) if key is None else jax.random.split(key)
-    tables, net = params["tables"], Net(config).bind({"params": params["net"]})
+    rngs = None if deterministic or dropout_key is None else {"dropout": dropout_key}
+    tables, net = params["tables"], Net(config).bind({"params": params["net"]}, rngs=rngs)
     target = constrain(embedding.embed(tables, config.item_features, batch.target))
     recent = _vectors(tables, config, batch.sequence, batch.mask)
     whole = Long(batch.long, batch.long_mask, batch.long_time)
     found = _found(net, tables, config, batch.target, target, whole)
     short, long = net.encode_short(recent), net.encode_long(found)
-    logits: Any = Net(config).apply(
-        {"params": params["net"]},
-        target,
-        short,
-        long,
-        found,
-        **_rest(tables, batch, config),
-        deterministic=deterministic,
-        rngs=None if deterministic or dropout_key is None else {"dropout": dropout_key},
-        method="logit",
-    )
+    logits = net.logit(target, short, long, found, **_rest(tables, batch, config), deterministic=deterministic)
     logits = logits[:, 0] if config.tasks == 1 else logits
     if not train:
         return Output(logits, None, {})
@@ -223,20 +214,11 @@ def objective(
     `search`, the modules' own by name, `predicted` and `clicked`; sums of the whole batch, over all devices.
     """
     del params, key
-    one = config.tasks == 1
-    weight = jnp.asarray(batch.weight, jnp.float32)
-    label = jnp.asarray(batch.label, jnp.float32)
-    by_task = weight if one else weight[:, None]
-    total, count = losses.bce_with_logits(output.logit, label, by_task)
-    whole = jnp.broadcast_to(by_task, output.logit.shape)
-    aux = {
-        "loss": (total, count),
-        "predicted": (jnp.sum(jax.nn.sigmoid(jnp.where(whole > 0, output.logit, 0)) * whole), count),
-        "clicked": (jnp.sum(jnp.where(whole > 0, label, 0) * whole), count),
-    }
+    weight, label = (jnp.asarray(x, jnp.float32) for x in (batch.weight, batch.label))
+    aux = click_sums(output.logit, label, weight)
     weights = {"loss": 1.0}
     if output.search is not None:
-        aux["search"] = losses.bce_with_logits(output.search, label if one else label[:, 0], weight)
+        aux["search"] = losses.bce_with_logits(output.search, label if label.ndim == 1 else label[:, 0], weight)
         weights["search"] = config.search_weight
     for name, (sums, counts) in output.auxiliary.items():
         aux[name] = jnp.sum(jnp.where(weight > 0, sums, 0) * weight), jnp.sum(counts * weight)

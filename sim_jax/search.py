@@ -36,7 +36,7 @@ def soft(
     """The k behaviours of the highest relevance: positions, highest first, and which of them are behaviours.
 
     Exact with `recall` 1, the newest of equals first. Below 1 it is `jax.lax.approx_max_k` with that recall aimed at,
-    which is faster on a TPU; elsewhere that is exact as well. No gradient goes through the choice.
+    which JAX has for TPUs (not measured on one); elsewhere that is exact as well. No gradient goes through the choice.
     """
     if not 0 < recall <= 1:
         raise ValueError(f"recall is {recall}, must be above 0 and at most 1 (exact)")

@@ -311,12 +311,11 @@ def scores(
     return np.concatenate(parts, axis=1)
 
 
-def days_since_category(problem: Lifelong, index: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+def days_since_category(device: OnDevice, index: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """`d_category`: days from the user's last behaviour in the target's category, strictly before, to the sample.
 
     Infinite where there was none. The paper calls clicks beyond 14 days long-term.
     """
-    device = put(problem)
     rows = jnp.asarray(index, jnp.int32)
     samples = jax.tree.map(lambda x: x[rows], device.samples)
     found = search(device.data, samples.user, samples.target["category"], samples.moment, 1)

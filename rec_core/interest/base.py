@@ -1,5 +1,6 @@
 """The face of the interest modules in two steps, what they share, and many candidates of one request at once."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,12 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rec_core import losses
+
+_HOUR, _DAY = 3600.0, 86_400.0
+AGES = (
+    *(60.0, 600.0, _HOUR, 6 * _HOUR, _DAY, 2 * _DAY, 4 * _DAY, 7 * _DAY, 14 * _DAY, 30 * _DAY),
+    *(60 * _DAY, 90 * _DAY, 180 * _DAY, 365 * _DAY, 730 * _DAY),
+)  # seconds: between them are the buckets of a behaviour's age
 
 
 class Behaviors(NamedTuple):
@@ -132,6 +139,12 @@ def per_item(
     if target.ndim == 2:
         return target
     return jnp.repeat(target, length // target.shape[1], axis=1, total_repeat_length=length)
+
+
+def age_bucket(time: Float[Array, "B T"], mask: Bool[Array, "B T"], ages: Sequence[float]) -> Int[Array, "B T"]:
+    """The bucket, 0 .. len(ages), of each behaviour's age in seconds; an age at a bound is in the older bucket."""
+    cuts = jnp.asarray(ages, jnp.float32)
+    return jnp.searchsorted(cuts, jnp.where(mask, jnp.asarray(time), 0).astype(jnp.float32), side="right")
 
 
 def check_shapes(target: Array, sequence: Array, mask: Array, time: Array | None) -> None:

@@ -9,9 +9,15 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from rec_core.interest.base import Interest, check_positive, masked_softmax, newest_top_k, per_item
-
-_HOUR, _DAY = 3600.0, 86400.0
+from rec_core.interest.base import (
+    AGES,
+    Interest,
+    age_bucket,
+    check_positive,
+    masked_softmax,
+    newest_top_k,
+    per_item,
+)
 
 
 class Projected(NamedTuple):
@@ -42,8 +48,7 @@ class CrossFeatures(nn.Module):
     ) -> tuple[Float[Array, "B T d_c"], Float[Array, "B heads T"]]:
         widths = self.widths
         if time is not None:
-            cuts = jnp.asarray(self.ages, jnp.float32)
-            bucket = jnp.searchsorted(cuts, jnp.where(mask, time, 0).astype(jnp.float32), side="right")
+            bucket = age_bucket(time, mask, self.ages)
             age = nn.Embed(len(self.ages) + 1, self.age_width, dtype=self.dtype, name="age")(bucket)
             features, widths = jnp.concatenate([features, age], axis=-1), (*widths, self.age_width)
         if not widths:
@@ -75,10 +80,7 @@ class TWIN(Interest):
     heads: int = 4
     width: int = 16  # of a head
     cross: Sequence[int] = ()
-    ages: Sequence[float] = (
-        *(60.0, 600.0, _HOUR, 6 * _HOUR, _DAY, 2 * _DAY, 4 * _DAY, 7 * _DAY, 14 * _DAY, 30 * _DAY),
-        *(60 * _DAY, 90 * _DAY, 180 * _DAY, 365 * _DAY, 730 * _DAY),
-    )
+    ages: Sequence[float] = AGES
     age_width: int = 8
 
     def setup(self) -> None:

@@ -189,6 +189,18 @@ def apply(
     return logits[:, 0] if config.tasks == 1 else logits
 
 
+def click_sums(
+    logits: Float[Array, "B"] | Float[Array, "B tasks"], label: Any, weight: Float[Any, "B"]
+) -> dict[str, losses.Sum]:
+    """`loss`, the binary cross-entropy, `predicted` and `clicked`, over impressions (and tasks), as mergeable sums."""
+    weight = jnp.asarray(weight, jnp.float32).reshape(-1, *[1] * (logits.ndim - 1))
+    loss, count = losses.bce_with_logits(logits, label, weight)
+    weight = jnp.broadcast_to(weight, logits.shape)
+    predicted = jnp.sum(jax.nn.sigmoid(jnp.where(weight > 0, logits, 0)) * weight)
+    clicked = jnp.sum(jnp.where(weight > 0, jnp.asarray(label, jnp.float32), 0) * weight)
+    return {"loss": (loss, count), "predicted": (predicted, count), "clicked": (clicked, count)}
+
+
 def objective(
     params: Any,
     output: Float[Array, "B"] | Float[Array, "B tasks"],
@@ -199,14 +211,8 @@ def objective(
     axis_name: str | None = None,
 ) -> tuple[Float[Array, ""], dict[str, losses.Sum]]:
     """Mean binary cross-entropy over impressions (and tasks). The aux sums are of the whole batch, over all devices."""
-    weight = batch.weight if config.tasks == 1 else batch.weight[:, None]
-    total, count = losses.sum_over(axis_name, losses.bce_with_logits(output, batch.label, weight))
-    weight = jnp.broadcast_to(weight, output.shape).astype(jnp.float32)
-    predicted = jnp.sum(jax.nn.sigmoid(jnp.where(weight > 0, output, 0)) * weight)
-    clicks = jnp.sum(jnp.where(weight > 0, jnp.asarray(batch.label, jnp.float32), 0) * weight)
-    predicted, clicks = losses.sum_over(axis_name, (predicted, clicks))
-    aux = {"loss": (total, count), "predicted": (predicted, count), "clicked": (clicks, count)}
-    return losses.mean(total, count), jax.lax.stop_gradient(aux)
+    aux = losses.sum_over(axis_name, click_sums(output, batch.label, batch.weight))
+    return losses.mean(*aux["loss"]), jax.lax.stop_gradient(aux)
 
 
 def loss(

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sim_jax
 from experiments import results, sim_lifelong
-from experiments.sim_lifelong_models import MODELS, QUICK, SimLifelong, model_config
+from experiments.sim_lifelong_models import MODELS, QUICK, SimLifelong, Trained, long_term, model_config, recall
 from experiments.steps import lifelong
 from experiments.steps.lifelong import Feed
 from rec_core.data.world import World, generate
@@ -64,13 +65,29 @@ def test_a_batch_reads_what_is_strictly_older_and_no_more(problem):
 
 def test_days_since_the_category_by_hand(problem):
     index = problem.test[:20]
-    found = lifelong.days_since_category(problem, index)
+    found = lifelong.days_since_category(lifelong.put(problem), index)
     for days, i in zip(found, index):
         own = np.arange(problem.offsets[problem.user[i]], problem.offsets[problem.user[i] + 1])
         own = own[(problem.time[own] < problem.moment[i])]
         own = own[problem.fields["category"][own] == problem.target["category"][i]]
         wanted = (problem.moment[i] - problem.time[own[-1]]) / 86_400 if len(own) else np.inf
         assert days == pytest.approx(wanted, rel=1e-5)
+
+
+def test_searches_that_keep_everything_find_all_of_each_other_and_clicks_are_ranked(problem):
+    settings = SimLifelong(**QUICK | {"seeds": 1, "top": 64, "clicks": 6})
+    done = Trained(problem, lifelong.put(problem))
+    for name in ("SIM soft, time", "ETA", "SDIM", "SIM hard, time"):
+        config, _ = model_config(problem, name, settings)
+        params = jax.jit(sim_jax.init, static_argnums=1)(jax.random.key(0), config)
+        done.params[name] = jax.tree.map(lambda x: x[None], params)
+    assert problem.history_lengths().max() <= 64
+    found = recall(done, settings)
+    assert found["sdim_of_exact"] == found["eta_of_exact"] == 1.0 and found["hard_of_soft"] == found["same_category"]
+    assert 0 < found["same_category"] < 1
+    ranked = long_term(done, settings, ("SIM hard, time",))
+    hits = ranked.hits["SIM hard, time"]
+    assert hits.shape == (1, len(ranked.days)) and set(np.unique(hits)) <= {0.0, 1.0}
 
 
 def test_the_command_in_small(tmp_path, capsys):

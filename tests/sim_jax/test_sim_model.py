@@ -142,6 +142,14 @@ def test_a_sample_is_read_by_the_auxiliary_task_alone():
         sim_jax.apply(PARAMS[SOFT], BATCH, sampled, train=True)
 
 
+def test_dropout_follows_its_key():
+    config = replace(SOFT, search="none", exact="", short="din", dropout=0.5)
+    params = jax.jit(sim_jax.init, static_argnums=1)(jax.random.key(0), config)
+    first, again, other = (apply(params, BATCH, config, key=jax.random.key(k), train=True).logit for k in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (np.asarray(first) != np.asarray(other)).any()
+
+
 def request_of(batch, candidates, config, key_of=None):
     """All rows of the batch as requests with the given rows' targets as candidates."""
     n = len(batch.weight)
