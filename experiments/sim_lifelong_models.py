@@ -1,7 +1,9 @@
 """The models of `sim_lifelong.py`: settings, what each reads, their training, and what their searches find."""
 
-import time
+import threading
+import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -42,6 +44,7 @@ class SimLifelong:
       batch_size, learning_rate: of Adam, with linear decay.
       clicks: test clicks that are ranked among 99 other items.
       recall_samples: test samples for what the searches find.
+      workers: models under way at once: one computes while others are compiled.
     """
 
     out: Path = Path("runs/sim-lifelong")
@@ -66,13 +69,15 @@ class SimLifelong:
     learning_rate: float = 2e-3
     clicks: int = 2000
     recall_samples: int = 1024
+    workers: int = 4
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.only if name not in MODELS]
         if unknown:
             raise ValueError(f"only={unknown}: there is no such model; there are {', '.join(map(repr, MODELS))}")
-        if self.seeds < 1:
-            raise ValueError(f"seeds={self.seeds} must be at least 1")
+        for name in ("seeds", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
     def world(self) -> World:
         quick = {"categories": 16, "departments": 4} if self.quick else {"categories": 64, "departments": 16}
@@ -147,7 +152,6 @@ class Trained:
     logits: dict[str, np.ndarray] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, np.ndarray] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def model_config(problem: Lifelong, name: str, settings: SimLifelong) -> tuple[sim_jax.Config, Feed]:
@@ -166,12 +170,14 @@ def model_config(problem: Lifelong, name: str, settings: SimLifelong) -> tuple[s
     }
     if model.changes.get("exact") in ("twin", "eta"):  # they search themselves: for as many as the others
         common["exact_options"] = (("top", settings.top),)
-    feed = Feed(model.kind, getattr(settings, model.length)) if model.length else Feed()
+    feed = Feed()
+    if model.length:
+        feed = Feed(model.kind, min(getattr(settings, model.length), int(problem.history_lengths().max())))
     return sim_jax.Config(**(common | dict(model.changes))), feed
 
 
 def train_all(problem: Lifelong, config: SimLifelong) -> Trained:
-    """Every model on one data set."""
+    """Every model on one data set. What is done is kept under `out`/models: a stopped run goes on from there."""
     lengths = problem.history_lengths()
     print(
         f"{problem.name}: {len(problem.time):,} behaviours of {len(lengths):,} users, {int(lengths.min()):,} to "
@@ -186,21 +192,41 @@ def train_all(problem: Lifelong, config: SimLifelong) -> Trained:
     settings = TrainConfig(
         steps=steps, learning_rate=config.learning_rate, decay="linear", warmup=max(1, steps // 20), b2=0.99
     )
-    for name in config.only or MODELS:
+    names = config.only or tuple(MODELS)
+    data = zlib.crc32(b"".join(x.tobytes() for x in (problem.time, problem.user, problem.moment, problem.label)))
+    lock, made = threading.Lock(), [0]
+
+    def one(name: str) -> lifelong.Run:
         model, feed = model_config(problem, name, config)
-        shared: dict[str, Any] = {"recent": config.recent, "batch_size": size}
-        began = time.perf_counter()
-        with Progress(steps, f"{problem.name}, {name}", unit="samples") as progress:
 
-            def shown(step: int, steps: int, loss: float, progress: Progress = progress) -> None:
-                progress.update(step, loss=loss, count=steps * size * config.seeds)
+        def shown(step: int, steps: int, loss: float) -> None:
+            with lock:
+                made[0] += steps
+                progress.update(made[0], loss=loss, count=steps * size * config.seeds)
 
-            done.params[name], done.losses[name] = lifelong.train(
+        def run() -> lifelong.Run:
+            shared: dict[str, Any] = {"recent": config.recent, "batch_size": size}
+            params, losses = lifelong.train(
                 done.device, problem.train, model, feed, settings, seeds=config.seeds,
                 together=MODELS[name].together, on_call=shown, **shared,
             )  # fmt: skip
-        done.logits[name] = lifelong.scores(done.device, done.params[name], problem.test, model, feed, **shared)
-        done.seconds[name] = time.perf_counter() - began
+            logits = lifelong.scores(done.device, params, problem.test, model, feed, **shared)
+            return lifelong.Run(params, losses, logits)
+
+        identity = repr((data, model, feed, settings, config.seeds, config.recent, size, problem.train[[0, -1]]))
+        kept = config.out / "models" / f"{problem.name}-{zlib.crc32(identity.encode()):08x}.npz"
+        before = kept.exists()
+        found = lifelong.saved_run(kept, run)
+        if before:
+            shown(steps, steps, float(found.losses[-1].mean()))
+        return found
+
+    with (
+        Progress(steps * len(names), problem.name, unit="samples") as progress,
+        ThreadPoolExecutor(config.workers) as pool,
+    ):
+        for name, run in zip(names, pool.map(one, names), strict=True):
+            done.params[name], done.losses[name], done.logits[name] = run.params, run.losses, run.logits
     return done
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 
 import sim_jax
@@ -131,26 +132,36 @@ def of_problem(problem: Problem, *, train: int, test: int) -> Lifelong:
 
 def saved(path: Path, make: Callable[[], Lifelong]) -> Lifelong:
     """What `make` gives, kept in a file: a world of long histories takes minutes."""
+    flat = _kept(path, lambda: flatten_dict(vars(make()), sep="."))
+    nested = unflatten_dict({name: x if x.ndim else x.item() for name, x in flat.items()}, sep=".")
+    return Lifelong(**{"probability": None, **nested})
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model: parameters of all seeds, stacked; losses of its steps and logits of the test samples."""
+
+    params: Any
+    losses: Float[np.ndarray, "steps seeds"]
+    logits: Float[np.ndarray, "seeds n"]
+
+
+def saved_run(path: Path, make: Callable[[], Run]) -> Run:
+    """What `make` gives, kept in a file."""
+    flat = _kept(path, lambda: flatten_dict(vars(make()), sep="/"))
+    return Run(**unflatten_dict(flat, sep="/"))
+
+
+def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Named arrays in a file that is whole or not there."""
     if not path.exists():
-        made = make()
+        made: dict[str, Any] = {name: np.asarray(value) for name, value in make().items() if value is not None}
         path.parent.mkdir(parents=True, exist_ok=True)
-        columns = vars(made).items()
-        flat: dict[str, Any] = {name: value for name, value in columns if isinstance(value, np.ndarray | str | bool)}
-        for name in ("fields", "target", "sizes"):
-            flat |= {f"{name}.{key}": value for key, value in getattr(made, name).items()}
         partial_file = path.with_suffix(".partial.npz")
-        np.savez_compressed(partial_file, **flat)
+        np.savez_compressed(partial_file, **made)
         partial_file.replace(path)
-    nested: dict[str, Any] = {"fields": {}, "target": {}, "sizes": {}, "probability": None}
     with np.load(path) as found:
-        for name in found.files:
-            group, _, key = name.partition(".")
-            value = found[name] if found[name].ndim else found[name].item()
-            if key:
-                nested[group][key] = value
-            else:
-                nested[name] = value
-    return Lifelong(**nested)
+        return {name: found[name] for name in found.files}
 
 
 # ---- on the device ---------------------------------------------------------------------------------------------------

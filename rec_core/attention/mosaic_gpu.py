@@ -34,6 +34,7 @@ WIDTHS = (64, 128, 256)
 CAPABILITY = "9.0"  # of Hopper: the kernels use its instructions
 MOST_ROUNDS = 2  # of items a program above which keys are not split: the rest of a round is small then
 PROGRAMS = 132  # multiprocessors of an H100 SXM, for lowering without a device
+TILED = 8  # rows that TMA takes together
 PART = 512  # keys that a part of a split call has at least
 OVERHEAD = 3  # what a tile's beginning and end, and joining parts, cost, in key blocks
 
@@ -101,6 +102,11 @@ def range_attention_mosaic_gpu(
     if k.shape[1] == 0:  # a key that no range holds: TMA knows no empty arrays
         k = v = jnp.zeros((batch, 1, *k.shape[2:]), k.dtype)
         k_end = jnp.zeros_like(k_end)
+    keys = k.shape[1]
+    q, k_start, k_end = (_whole_tiles(x) for x in (q, k_start, k_end))
+    if keys > TILED and keys % TILED:
+        k_start, k_end = jnp.minimum(k_start, keys), jnp.minimum(k_end, keys)
+        k, v = _whole_tiles(k), _whole_tiles(v)
     if scale <= 0:
         q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
     device = jax.devices()[0]
@@ -118,8 +124,18 @@ def range_attention_mosaic_gpu(
         programs,
         interpret,
     )
-    own_arrays = (k_self, v_self) if own == "separate" else (None, None)
-    return _attend(static, *same_varying((q, k, v, *own_arrays, k_start, k_end)))
+    own_arrays = (None, None)
+    if own == "separate" and k_self is not None and v_self is not None:
+        own_arrays = _whole_tiles(k_self), _whole_tiles(v_self)
+    out, lse = _attend(static, *same_varying((q, k, v, *own_arrays, k_start, k_end)))
+    return out[:, :rows], lse[..., :rows]
+
+
+def _whole_tiles(x: Array) -> Array:
+    """``x`` with zeros behind its second axis, so that it is a whole number of TMA's tiles, or less than one."""
+    if x.shape[1] < TILED or x.shape[1] % TILED == 0:
+        return x
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % TILED)] + [(0, 0)] * (x.ndim - 2))
 
 
 def range_attention_mosaic_gpu_deterministic(

@@ -101,6 +101,10 @@ def test_the_command_in_small(tmp_path, capsys):
     page = (tmp_path / "report.html").read_text()
     assert "AUC on world" in page and "SIM hard, time" in page
     assert "1 users" not in capsys.readouterr().err
+    kept = sorted((tmp_path / "models").iterdir())
+    before = [path.stat().st_mtime_ns for path in kept]
+    again = sim_lifelong.run(SimLifelong(quick=True, only=only, out=tmp_path))
+    assert again.figures == made.figures and [path.stat().st_mtime_ns for path in kept] == before and len(kept) == 2
 
 
 def test_unknown_models_are_refused():

@@ -296,6 +296,15 @@ REAL = {
     "causal D128": {"batch": 2, "rows": 8192, "keys": 8192, "heads": 16, "kv_heads": 16, "width": 128},
     "D256 f16": {"batch": 2, "rows": 4096, "keys": 4096, "heads": 8, "kv_heads": 4, "width": 256, "dtype": jnp.float16},
     "cached D64": {"batch": 4, "rows": 128, "keys": 4096, "heads": 16, "kv_heads": 16, "width": 64, "own": "separate"},
+    "no whole tiles": {
+        "batch": 2,
+        "rows": 3997,
+        "keys": 8005,
+        "heads": 4,
+        "kv_heads": 2,
+        "width": 64,
+        "own": "separate",
+    },
     "50,000 tokens": {
         "batch": 1,
         "rows": 50_000,
@@ -318,7 +327,7 @@ def test_lowers_for_hopper(hopper, shape):
 @pytest.mark.portable
 @pytest.mark.parametrize(
     ("shape", "kernels"),
-    [("causal D64", ["dq_dk_dv"]), ("causal D128", ["dq", "dk_dv"])],
+    [("causal D64", ["dq_dk_dv"]), ("causal D128", ["dq", "dk_dv"]), ("no whole tiles", ["dq_dk_dv"])],
 )
 def test_gradients_lower_for_hopper(hopper, shape, kernels):
     text = traced(**REAL[shape], gradient=True)[0].lower(lowering_platforms=("cuda",)).as_text()
