@@ -124,7 +124,7 @@ def range_attention_mosaic_gpu(
         programs,
         interpret,
     )
-    own_arrays = (None, None)
+    own_arrays: tuple[Array | None, Array | None] = (None, None)
     if own == "separate" and k_self is not None and v_self is not None:
         own_arrays = _whole_tiles(k_self), _whole_tiles(v_self)
     out, lse = _attend(static, *same_varying((q, k, v, *own_arrays, k_start, k_end)))
