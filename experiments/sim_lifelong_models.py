@@ -60,13 +60,13 @@ class SimLifelong:
     time: float = 0.3
     train_samples: int = 200_000
     test_samples: int = 40_000
-    epochs: float = 2.0
+    epochs: float = 1.0
     recent: int = 50
     top: int = 200
-    memory: int = 1000
+    memory: int = 500
     whole: int = 8192
-    batch_size: int = 512
-    learning_rate: float = 2e-3
+    batch_size: int = 256
+    learning_rate: float = 3e-3
     clicks: int = 2000
     recall_samples: int = 1024
     workers: int = 4

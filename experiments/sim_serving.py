@@ -2,6 +2,7 @@
 
     python -m experiments sim-serving                          # a minute on two cores, 2 GB of disk
     python -m experiments sim-serving --device                 # also `rank` and the training step, on an accelerator
+    python -m experiments sim-serving --device --no-tree       # these alone; --device-result joins them to the rest
     python -m experiments sim-serving --quick                  # seconds, small sizes: only shows that everything works
 
 The build (a process of its own: wall seconds, peak memory) files `events` events of `users` users, 20 categories each
@@ -28,6 +29,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -57,7 +59,9 @@ class SimServing:
       k: behaviours that are asked for under each category.
       requests: look-ups that are timed.
       redis: also from a local redis-server that this command starts and stops.
+      tree: the behaviour tree's part.
       device: also `rank` and the training step, on the device that JAX finds.
+      device_result: a result.json of a run with `device` on another machine, whose part is joined to this one.
       quick: small sizes: only shows that everything works.
       seed: of the events.
       out: folder for result.json and report.html; the stores lie there meanwhile.
@@ -72,7 +76,9 @@ class SimServing:
     k: int = 200
     requests: int = 5_000
     redis: bool = True
+    tree: bool = True
     device: bool = False
+    device_result: Path | None = None
     quick: bool = False
     seed: int = 0
     out: Path = Path("runs/sim_serving")
@@ -83,6 +89,12 @@ class SimServing:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
         if self.candidates < FAVOURITES:
             raise ValueError(f"candidates is {self.candidates}; give {FAVOURITES} or more, one of each category")
+        if self.device and self.device_result is not None:
+            raise ValueError(
+                f"device_result is {self.device_result}, and device asks to measure here: give one of them"
+            )
+        if not (self.tree or self.device):
+            raise ValueError("nothing is left to measure without the tree: add --device")
         if self.requests < 100:
             raise ValueError(f"requests is {self.requests}; give 100 or more, or there is no 99th percentile")
 
@@ -96,6 +108,31 @@ def run(config: SimServing) -> results.Result:
         config = SimServing(**(vars(config) | QUICK))
     started = results.begin()
     config.out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    curves: dict[str, Float[np.ndarray, "n"]] = {}
+    if config.tree:
+        rows, curves = tree_part(config)
+    found = summarize(config, rows)
+    if config.device:
+        from experiments.sim_serving_device import device_part
+
+        more_rows, more_figures = device_part(config.quick)
+        rows += [row | {"device": jax.devices()[0].device_kind} for row in more_rows]
+        found |= more_figures
+    if config.device_result is not None:
+        other = results.read(config.device_result)
+        rows += [row | {"commit": other.commit} for row in other.rows if "device" in row]
+        found |= {name: value for name, value in other.figures.items() if name.startswith(("rank_", "train_"))}
+    outcome = results.record("sim_serving", started=started, seeds=[config.seed], rows=rows, figures=found)
+    results.write(config.out / "result.json", outcome)
+    report.write(config.out / "report.html", page(config, outcome, curves))
+    print(progress.table(rows))
+    print(f"report: {config.out / 'report.html'}   result: {config.out / 'result.json'}   {outcome.seconds:.0f} s")
+    return outcome
+
+
+def tree_part(config: SimServing) -> tuple[list[Row], dict[str, Float[np.ndarray, "n"]]]:
+    """Rows of the build, the appends and the look-ups, and the milliseconds of the latter."""
     with tempfile.TemporaryDirectory(prefix="stores-", dir=config.out) as stores:
         folder = Path(stores)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
@@ -113,20 +150,7 @@ def run(config: SimServing) -> results.Result:
                     curves["Redis"] = lookups(config, store)
             except StoreError as error:
                 rows.append({"what": "look-up, Redis", "reason": str(error)})
-    rows += [{"what": f"look-up, {place}", **percentiles(ms)} for place, ms in curves.items()]
-    found = summarize(config, rows)
-    if config.device:
-        from experiments.sim_serving_device import device_part
-
-        more_rows, more_figures = device_part(config.quick)
-        rows += more_rows
-        found |= more_figures
-    outcome = results.record("sim_serving", started=started, seeds=[config.seed], rows=rows, figures=found)
-    results.write(config.out / "result.json", outcome)
-    report.write(config.out / "report.html", page(config, outcome, curves))
-    print(progress.table(rows))
-    print(f"report: {config.out / 'report.html'}   result: {config.out / 'result.json'}   {outcome.seconds:.0f} s")
-    return outcome
+    return [*rows, *({"what": f"look-up, {place}", **percentiles(ms)} for place, ms in curves.items())], curves
 
 
 # ---- what is filed ---------------------------------------------------------------------------------------------------
@@ -299,20 +323,6 @@ def summarize(config: SimServing, rows: list[Row]) -> dict[str, float]:
 
 def page(config: SimServing, outcome: results.Result, curves: dict[str, Float[np.ndarray, "n"]]) -> str:
     """The report."""
-    levels = np.append(np.arange(1, 100), [99.5, 99.9])
-    shown = {place: (np.percentile(milliseconds, levels), levels) for place, milliseconds in curves.items()}
-    drawn = figures.lines(
-        shown, title="Time of a look-up", x_label="milliseconds a request", y_label="requests answered (%)",
-        references={"99 %": 99.0}, log_x=True, markers=False,
-    )  # fmt: skip
-    asked = f"{config.candidates} candidates in {FAVOURITES} categories, histories of {config.history:,} events"
-    panel = report.Panel(
-        "Time of a look-up",
-        drawn,
-        f"{asked}, the newest {config.k} behaviours of each category; from 1 % to 99.9 % of the requests.",
-        samples=config.requests,
-        users=config.long_users,
-    )
     stores: list[Row] = []
     answers: list[Row] = []
     rest: list[Row] = []
@@ -322,8 +332,22 @@ def page(config: SimServing, outcome: results.Result, curves: dict[str, Float[np
     return report.page(
         outcome,
         "SIM's behaviour tree in serving",
-        lead=f"A tree of {config.events:,} events, built, appended to and asked on this machine.",
-        headline=answers,
-        panels=[panel],
-        tables={"Build and append": stores} | ({"On the device": rest} if rest else {}),
+        lead=f"A tree of {config.events:,} events, built, appended to and asked on this machine."
+        if curves
+        else "Ranking and training on this device.",
+        headline=answers or rest,
+        panels=[_panel(config, curves)] if curves else [],
+        tables={title: table for title, table in {"Build and append": stores, "On the device": rest}.items() if table},
     )
+
+
+def _panel(config: SimServing, curves: dict[str, Float[np.ndarray, "n"]]) -> report.Panel:
+    levels = np.append(np.arange(1, 100), [99.5, 99.9])
+    shown = {place: (np.percentile(milliseconds, levels), levels) for place, milliseconds in curves.items()}
+    drawn = figures.lines(
+        shown, title="Time of a look-up", x_label="milliseconds a request", y_label="requests answered (%)",
+        references={"99 %": 99.0}, log_x=True, markers=False,
+    )  # fmt: skip
+    asked = f"{config.candidates} candidates in {FAVOURITES} categories, histories of {config.history:,} events"
+    caption = f"{asked}, the newest {config.k} behaviours of each category; from 1 % to 99.9 % of the requests."
+    return report.Panel("Time of a look-up", drawn, caption, samples=config.requests, users=config.long_users)

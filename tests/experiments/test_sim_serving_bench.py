@@ -27,6 +27,22 @@ def test_a_quick_run_writes_rows_figures_and_a_report(tmp_path, capsys, monkeypa
     assert "20,000 events" in capsys.readouterr().out
 
 
+def test_the_device_part_of_another_run_is_joined(tmp_path):
+    started = results.begin()
+    rows = [{"what": "rank, SIM", "p99_ms": 2.0, "device": "TPU v9"}, {"what": "build", "seconds": 1.0}]
+    other = results.record("sim_serving", started=started, seeds=[0], rows=rows, figures={"rank_p99_ms_10k": 2.0})
+    results.write(tmp_path / "other.json", other)
+    small = vars(TINY) | {"redis": False, "out": tmp_path, "device_result": tmp_path / "other.json"}
+    outcome = sim_serving.run(SimServing(**small))
+    assert outcome.rows[-1] == rows[0] | {"commit": other.commit}
+    assert outcome.figures["rank_p99_ms_10k"] == 2.0 and "small_build_10m_s" in outcome.figures
+    assert "TPU v9" in (tmp_path / "report.html").read_text()
+    with pytest.raises(ValueError, match="nothing is left to measure"):
+        SimServing(tree=False)
+    with pytest.raises(ValueError, match="give one of them"):
+        SimServing(device=True, device_result=tmp_path)
+
+
 def test_days_and_batches_have_the_pairs_that_their_rows_name():
     with open_store("memory:") as store:
         rows = sim_serving.appends(TINY, store)
