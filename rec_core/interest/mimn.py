@@ -195,12 +195,14 @@ class MIMN(Interest):
     def auxiliary(self, encoded: Any, negatives: Float[Array, "B T d"] | None = None) -> dict[str, losses.Sum]:
         """`{"utilisation": sum}`: `sum_i (g(i) - mean(g))^2` (equation 11), over the users with behaviours.
 
-        Zero where all slots had the same share of the writing. It teaches the shift of the writes, so without `balance`
-        there is no such loss. `negatives` are not read.
+        Ours: g is the slot's share of the user's writes, not their number, whose square would outgrow every other loss
+        on long sequences (7,000 at 500 behaviours). Zero where all slots had the same share. It teaches the shift of
+        the writes, so without `balance` there is no such loss. `negatives` are not read.
         """
         if not self.balance:
             return {}
-        usage, users = encoded.usage, jnp.sum(encoded.written > 0, dtype=jnp.float32)
+        usage = encoded.usage / jnp.maximum(encoded.written, 1)[:, None]
+        users = jnp.sum(encoded.written > 0, dtype=jnp.float32)
         spread = jnp.sum((usage - usage.mean(axis=-1, keepdims=True)) ** 2)
         return {"utilisation": (spread, users)}
 

@@ -142,7 +142,8 @@ def test_mimn_is_its_authors():
     for ours, name in (theirs | {"usage": "usage"}).items():
         got = getattr(state, ours)
         np.testing.assert_allclose(got, g[f"out_{name}"], rtol=2e-5, atol=5e-6, err_msg=f"MIMN's {name} {HELP}")
-    spread, users = module.apply({"params": params}, state, method="auxiliary")["utilisation"]
+    counted = state._replace(written=jnp.ones_like(state.written))  # theirs counts writes, ours takes their shares
+    spread, users = module.apply({"params": params}, counted, method="auxiliary")["utilisation"]
     # Theirs is its mean over slots, once more by slots and users, by a factor.
     size, slots = g["out_usage"].shape
     np.testing.assert_allclose(0.001 * spread / (size * slots) / (slots * users), g["out_loss"], rtol=1e-4)
