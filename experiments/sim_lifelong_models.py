@@ -63,7 +63,7 @@ class SimLifelong:
     epochs: float = 1.0
     recent: int = 50
     top: int = 200
-    memory: int = 500
+    memory: int = 256
     whole: int = 8192
     batch_size: int = 256
     learning_rate: float = 3e-3

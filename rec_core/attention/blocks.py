@@ -58,6 +58,7 @@ class Backward(NamedTuple):
 
 FORWARD_CANDIDATES: dict[int, tuple[Forward, ...]] = {
     64: (
+        Forward(stages=3, split_loop=True, turns=False),
         Forward(groups=3, split_loop=True),
         Forward(groups=3, split_loop=True, turns=False),
         Forward(groups=3, split_loop=True, turns=False, stages=4),
@@ -87,6 +88,7 @@ FORWARD_CANDIDATES: dict[int, tuple[Forward, ...]] = {
 }
 BACKWARD_CANDIDATES: dict[int, tuple[Backward, ...]] = {
     64: (
+        Backward(keys_groups=3, keys_stages=3, keys_tiles=2, rows_groups=3, rows_stages=3, rows_tiles=2),
         Backward(one_pass=True, keys_tiles=2),
         Backward(one_pass=True, keys_tiles=2, keys_stages=3),
         Backward(one_pass=True),
@@ -94,18 +96,28 @@ BACKWARD_CANDIDATES: dict[int, tuple[Backward, ...]] = {
         Backward(rows_groups=3, keys_groups=3),
         Backward(rows_block_k=128, keys_tiles=2, rows_tiles=2),
     ),
-    128: (Backward(keys_tiles=2, rows_tiles=2), Backward(one_pass=True), Backward(keys_stages=3, rows_stages=3)),
+    128: (
+        Backward(rows_tiles=2),
+        Backward(keys_tiles=2, rows_tiles=2),
+        Backward(one_pass=True),
+        Backward(keys_stages=3, rows_stages=3),
+    ),
     256: (Backward(keys_stages=1, rows_stages=1),),
 }
 
 # (device, pass, head width) -> (longest length, blocks) by rising length; what is longer takes the last entry.
 # A device is found by the start of its name. Rows that do not fill the tile of three warpgroups get one of two.
 TABLE: dict[tuple[str, str, int], tuple[tuple[int, Any], ...]] = {
-    ("NVIDIA H100", "forward", 64): ((128, Forward()), (32768, Forward(groups=3, split_loop=True))),
-    ("NVIDIA H100", "forward", 128): ((32768, Forward()),),
+    ("NVIDIA H100", "forward", 64): (
+        (512, Forward(stages=3, split_loop=True, turns=False)),
+        (32768, Forward(groups=3, stages=3, split_loop=True)),
+    ),
+    ("NVIDIA H100", "forward", 128): ((512, Forward(split_loop=True)), (32768, Forward())),
     ("NVIDIA H100", "forward", 256): ((32768, Forward(block_k=64, q_stages=1)),),
-    ("NVIDIA H100", "backward", 64): ((32768, Backward(one_pass=True, keys_tiles=2)),),
-    ("NVIDIA H100", "backward", 128): ((32768, Backward(keys_tiles=2, rows_tiles=2)),),
+    ("NVIDIA H100", "backward", 64): (
+        (32768, Backward(keys_groups=3, keys_stages=3, keys_tiles=2, rows_groups=3, rows_stages=3, rows_tiles=2)),
+    ),
+    ("NVIDIA H100", "backward", 128): ((32768, Backward(rows_tiles=2)),),
     ("NVIDIA H100", "backward", 256): ((32768, Backward(keys_stages=1, rows_stages=1)),),
 }
 DEFAULT_DEVICE = "NVIDIA H100"  # whose entries serve other devices of its architecture

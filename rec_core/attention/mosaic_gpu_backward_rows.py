@@ -106,8 +106,9 @@ def backward_rows(
 
                 def masked(weight: Array, step: Any) -> Array:
                     offset = key_block(own, step, diag, diag_last, base) * block_k
-                    row = plgpu.broadcasted_iota(jnp.int32, start.shape, 0, layout=ROW) + (low - offset)
-                    own_key = row if own == "same" else None
+                    own_key = None
+                    if own == "same":
+                        own_key = plgpu.broadcasted_iota(jnp.int32, start.shape, 0, layout=ROW) + (low - offset)
                     return keep_columns(weight, start - offset, end - offset, own_key, 0.0, interpret=interpret)
 
                 def step(mask: bool, number: Any, dq: Array) -> Array:
