@@ -6,11 +6,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from ads_jax.pcrg import PCRG
 from ads_jax.psrg import PSRG
 from rec_core.interest import Interest
+from rec_core.interest.base import Behaviors, per_item
+
+
+@struct.dataclass
+class Encoded:
+    """A sequence as the unit encoded it, and how many slots it had before it was filled up to whole chunks."""
+
+    unit: Any
+    length: int = struct.field(pytree_node=False)
 
 
 class ADS(nn.Module):
@@ -24,6 +34,8 @@ class ADS(nn.Module):
       length: the longest sequence, T; `items` behaviours share a query, the oldest chunk may be short (1: unchunked).
       hidden, eta: of the generators.
       sequence, candidate: whether PSRG and PCRG are there (the paper's ablation).
+      constant: the generators read ones in the place of E_D, whoever asks: a control that has the plug-in's capacity
+        and knows no domain.
     """
 
     unit: Interest
@@ -33,6 +45,7 @@ class ADS(nn.Module):
     eta: float = 2.0
     sequence: bool = True
     candidate: bool = True
+    constant: bool = False
     dtype: str = "float32"
 
     def setup(self) -> None:
@@ -52,8 +65,7 @@ class ADS(nn.Module):
         *,
         time: Float[Array, "B T"] | None = None,
     ) -> Float[Array, "B d_out"]:
-        encoded = self.encode(sequence, mask, domain, time=time)
-        return self.read(encoded, target, domain, length=sequence.shape[1])
+        return self.read(self.encode(sequence, mask, domain, time=time), target, domain)
 
     def encode(
         self,
@@ -62,10 +74,11 @@ class ADS(nn.Module):
         domain: Float[Array, "B d_D"],
         *,
         time: Float[Array, "B T"] | None = None,
-    ) -> Any:
+    ) -> Encoded:
         """What no candidate changes: the personal sequence, its newest behaviour last, as the unit encodes it."""
         if sequence.shape[1] > self.length:
             raise ValueError(f"ADS: the sequence has {sequence.shape[1]} slots, length is {self.length}; raise it")
+        length = sequence.shape[1]
         order = jnp.argsort(mask.astype(bool), axis=1, stable=True)  # padding first, behaviours in their order
 
         def arrange(x: Array) -> Array:
@@ -74,14 +87,14 @@ class ADS(nn.Module):
 
         sequence, mask, time = jax.tree.map(arrange, (sequence, mask.astype(bool), time))
         if self.sequence:
-            sequence = self.psrg(domain, jnp.where(mask[..., None], sequence, 0))
-        return self.unit.encode(sequence, mask, time=time)
+            sequence = self.psrg(self._read(domain), jnp.where(mask[..., None], sequence, 0))
+        return Encoded(self.unit.encode(sequence, mask, time=time), length)
 
     def read(
-        self, encoded: Any, target: Float[Array, "B d_Q"], domain: Float[Array, "B d_D"], *, length: int
+        self, encoded: Encoded, target: Float[Array, "B d_Q"], domain: Float[Array, "B d_D"]
     ) -> Float[Array, "B d_out"]:
-        """The interest in one candidate, from what `encode` gave for a sequence of `length` slots."""
-        return self.unit.read(encoded, self.queries(target, domain, length))
+        """The interest in one candidate, from what `encode` gave."""
+        return self.unit.read(encoded.unit, self.queries(target, domain, encoded.length))
 
     def queries(
         self, target: Float[Array, "B d_Q"], domain: Float[Array, "B d_D"], length: int
@@ -89,7 +102,26 @@ class ADS(nn.Module):
         """The candidate's queries of a sequence of `length` slots, the newest chunk's last, as the slots are."""
         if not self.candidate:
             return target
-        return self.pcrg(domain, target)[:, : -(-length // self.items)][:, ::-1]
+        return self.pcrg(self._read(domain), target)[:, : -(-length // self.items)][:, ::-1]
+
+    def _read(self, domain: Float[Array, "B d_D"]) -> Float[Array, "B d_D"]:
+        return jnp.ones_like(domain) if self.constant else domain
+
+
+class Around(Interest):
+    """An attention of somebody else's as a member of the interest family, so that `ADS` can stand around it.
+
+    Attributes:
+      attention: a Flax module, called with the queries `[B, T, d_Q]`, one for each behaviour (`[B, d_Q]`, one for all,
+        where `ADS` makes none), the sequence `[B, T, d]`, zeros at padding, and the mask `[B, T]`; gives `[B, d_out]`.
+    """
+
+    attention: nn.Module
+
+    def read(self, encoded: Behaviors, target: Float[Array, "B d"] | Float[Array, "B G d"]) -> Float[Array, "B d_out"]:
+        sequence, mask = encoded
+        read: Array = self.attention(per_item(target, mask.shape[1]), sequence, mask)
+        return read
 
 
 def candidates(
@@ -112,6 +144,6 @@ def candidates(
     encoded = module.apply(params, sequence, mask, domain, time=time, method="encode")
 
     def one(target: Array) -> Any:
-        return module.apply(params, encoded, target, domain, length=sequence.shape[1], method="read")
+        return module.apply(params, encoded, target, domain, method="read")
 
     return jax.lax.map(one, targets.swapaxes(0, 1), batch_size=min(chunk, targets.shape[1])).swapaxes(0, 1)

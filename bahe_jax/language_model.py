@@ -5,6 +5,7 @@ vectors. So the model is `embed`, `layers` (whatever `cut` left), `normalize` an
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from bahe_jax.texts import Batch
 from rec_core import losses
 from rec_core.attention import check_segments, ranges_from_segments
+from rec_core.embedding import lookup
 from rec_core.sharding import constrain
 from rec_core.transformer import RMSNorm, Transformer, TransformerConfig
 
@@ -126,17 +128,17 @@ def cut(params: dict, start: int, stop: int | None = None) -> dict:
     return {**params, "decoder": {**decoder, "layers": part}}
 
 
-def _count(params: dict) -> int:
+def _count(params: Mapping[str, Any]) -> int:
     return jax.tree.leaves(params["decoder"]["layers"])[0].shape[0]
 
 
-def embed(params: dict, tokens: Int[Array, "B T"], config: Config) -> Float[Array, "B T width"]:
+def embed(params: Mapping[str, Any], tokens: Int[Array, "B T"], config: Config) -> Float[Array, "B T width"]:
     """Token vectors, in the compute dtype."""
-    return constrain(params["tables"]["token"][tokens].astype(config.transformer.dtype))
+    return constrain(lookup(params["tables"]["token"], tokens).astype(config.transformer.dtype))
 
 
 def layers(
-    params: dict,
+    params: Mapping[str, Any],
     x: Float[Array, "B T width"],
     positions: Int[Array, "B T"],
     k_start: Int[Array, "B T"],
@@ -187,7 +189,7 @@ def hidden(
     return layers(params, x, batch.positions, k_start, k_end, config, key=key, train=train)
 
 
-def normalize(params: dict, x: Float[Array, "*b width"], config: Config) -> Float[Array, "*b width"]:
+def normalize(params: Mapping[str, Any], x: Float[Array, "*b width"], config: Config) -> Float[Array, "*b width"]:
     """The final norm."""
     norm = RMSNorm(epsilon=config.transformer.norm_eps, dtype=config.transformer.dtype)
     out: Any = norm.apply({"params": params["decoder"]["final_norm"]}, x)

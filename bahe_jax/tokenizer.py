@@ -97,6 +97,10 @@ class Tokenizer:
         text: str = self.inner.decode([int(token) for token in ids], skip_special_tokens=True)
         return text
 
+    def identity(self) -> str:
+        """All that its ids depend on, as text."""
+        return f"{self.inner.to_str()}\n{self.end}"
+
     def save(self, folder: Path) -> None:
         """Writes `tokenizer.json` and what `transformers` wants beside it."""
         self.inner.save(str(folder / "tokenizer.json"))

@@ -9,8 +9,12 @@ from typing import Any
 import tyro
 
 from experiments import (
+    ads_multidomain,
+    ads_multidomain_models,
     attention_bench,
     attention_tune,
+    bahe_cost,
+    bahe_encode,
     data_bench,
     dcaf_replay,
     progress,
@@ -49,6 +53,9 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "sim-lifelong": (sim_lifelong_models.SimLifelong, sim_lifelong.run),
     "sim-serving": (sim_serving.SimServing, sim_serving.run),
     "dcaf-replay": (dcaf_replay.DcafReplay, dcaf_replay.run),
+    "ads-multidomain": (ads_multidomain_models.AdsMultidomain, ads_multidomain.run),
+    "bahe-encode": (bahe_encode.BaheEncode, bahe_encode.run),
+    "bahe-cost": (bahe_cost.BaheCost, bahe_cost.run),
     "attention-bench": (attention_bench.AttentionBench, attention_bench.run),
     "attention-tune": (attention_tune.AttentionTune, attention_tune.run),
     "data-bench": (data_bench.DataBench, data_bench.run),

@@ -70,6 +70,22 @@ def gauc(users: np.ndarray, labels: np.ndarray, scores: np.ndarray, weights: np.
     return GroupedAuc(float(value), int(both.sum()), int((~both).sum()), float(impressions[~both].sum()))
 
 
+def imp(auc: float, base: float) -> float:
+    """`((AUC - .5) / (AUC_base - .5) - 1) * 100 %`: how much more than the base a model tells, of what chance leaves.
+
+    ADS, arXiv 2502.05523, equation 14 (also known as RelaImp).
+
+    Raises:
+      ValueError: an AUC outside of [0, 1], or a base of .5 or less, over which no improvement is defined.
+    """
+    for name, value in (("auc", auc), ("base", base)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"Imp: {name} is {value}, must be an AUC in [0, 1]")
+    if base <= 0.5:
+        raise ValueError(f"Imp: base is {base}, must be above .5; compare AUCs by their difference instead")
+    return ((auc - 0.5) / (base - 0.5) - 1) * 100
+
+
 def log_loss(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None) -> float:
     """Mean binary cross-entropy in nats, float64. Probabilities are kept 1e-7 away from 0 and 1."""
     labels, probabilities, weights = _columns(labels, probabilities, weights, probability=True)

@@ -120,11 +120,16 @@ def transformation(train: TrainConfig) -> optax.GradientTransformation:
 
 
 def init_optimizer(params: Mapping[str, Any], train: TrainConfig) -> dict[str, Any]:
-    """Optimizer state: ``whole`` (Optax) and, with ``sparse_tables``, ``tables`` (first and second moments of each)."""
+    """Optimizer state: ``whole`` (Optax) and, with ``sparse_tables``, ``tables`` (first and second moments of each).
+
+    A parameter that is None (see `rec_core.partition`) has none.
+    """
     if not train.sparse_tables:
         return {"whole": transformation(train).init(params)}
     moments = {
-        name: {"mu": jnp.zeros_like(table), "nu": jnp.zeros_like(table)} for name, table in params["tables"].items()
+        name: {"mu": jnp.zeros_like(table), "nu": jnp.zeros_like(table)}
+        for name, table in params["tables"].items()
+        if table is not None
     }
     return {"whole": transformation(train).init(_without_tables(params)), "tables": moments}
 
@@ -170,8 +175,12 @@ def update(
     if not train.sparse_tables:
         return new_params, new_state
 
-    tables, moments = {}, {}
+    tables: dict[str, Any] = {}
+    moments: dict[str, Any] = {}
     for name, table in params["tables"].items():
+        if table is None:
+            tables[name] = None
+            continue
         gradient, moment = gradients["tables"][name], opt_state["tables"][name]
         arrays: tuple[Array, ...] = (table, moment["mu"], moment["nu"])
         if isinstance(gradient, Rows):  # `go` acts on the rows: a choice over the whole table would cost a pass over it

@@ -1,9 +1,10 @@
 """Training under the contract: gradients of a whole batch in parts, the step on a mesh or under pmap, and `fit`.
 
-A model is a module with `Config`, `init`, `apply`, `objective`, `touched` and `check`. The objective is computed once
-on the outputs of the whole batch, so in-batch negatives are the same however the batch is split (as in GradCache, arXiv
-2101.06983; here over a mesh too). What must be the same everywhere is the loss and the first gradient; dropout draws
-other masks for other splits.
+A model is a module with `Config`, `init`, `apply`, `objective`, `touched` and `check`; one that trains a part of its
+parameters also has `trainable(params, config)`, a tree of bools: the rest has neither gradient nor optimizer state. The
+objective is computed once on the outputs of the whole batch, so in-batch negatives are the same however the batch is
+split (as in GradCache, arXiv 2101.06983; here over a mesh too). What must be the same everywhere is the loss and the
+first gradient; dropout draws other masks for other splits.
 """
 
 import time
@@ -23,7 +24,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt32
 
-from rec_core import optimizers
+from rec_core import optimizers, partition
 from rec_core.checkpoint import Checkpoints, Log, config_record
 from rec_core.embedding import Rows, gather_rows
 from rec_core.losses import gather_over
@@ -84,7 +85,7 @@ def value_and_grad(
     micro_batches: int = 1,
     axis_name: str | None = None,
 ) -> tuple[tuple[Float[Array, ""], dict[str, Any]], Any]:
-    """``((loss, aux), gradients)`` of the whole batch.
+    """``((loss, aux), gradients)`` of the whole batch; None in place of the gradient of what is not trained.
 
     With ``micro_batches`` n the outputs of all parts are computed first, the objective once, and the gradient is
     carried back through one part at a time: the memory of the layers is that of B / n examples. Part j takes examples
@@ -99,7 +100,8 @@ def value_and_grad(
       ValueError: the batch is not a multiple of ``micro_batches``.
     """
     leaves, tree = jax.tree.flatten(params)
-    where = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    trained = jax.tree.leaves(_trainable(model, params, config))
+    where = [i for i, leaf in enumerate(leaves) if trained[i] and jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
     def put(values: list[Array]) -> Any:
         found = dict(zip(where, values))
@@ -132,7 +134,12 @@ def value_and_grad(
         gradients, _ = jax.lax.scan(back, direct, (parts, _split(cotangent, micro_batches)))
     if axis_name is not None:
         loss, aux, gradients = jax.lax.pmean((loss, aux, gradients), axis_name)
-    return (loss, aux), put(gradients)
+    return (loss, aux), partition.split(put(gradients), jax.tree.unflatten(tree, trained))[0]
+
+
+def _trainable(model: Any, params: Any, config: Any) -> Any:
+    """Tree of bools: what a step moves."""
+    return model.trainable(params, config) if hasattr(model, "trainable") else jax.tree.map(lambda _: True, params)
 
 
 def init_state(
@@ -143,7 +150,8 @@ def init_state(
     if params is None:
         params = model.init(step_key(seed, 2**32 - 1), config)
     zero = jnp.zeros((), jnp.int32)
-    return State(zero, params, optimizers.init_optimizer(params, train), zero - 1, seed)
+    moved, _ = partition.split(params, _trainable(model, params, config))
+    return State(zero, params, optimizers.init_optimizer(moved, train), zero - 1, seed)
 
 
 def step_key(seed: int | UInt32[Array, ""], step: int | Int[Array, ""]) -> Array:
@@ -211,9 +219,11 @@ def advance(
     seeds). Metrics as in `make_step`; ``mesh`` lays the gradients out."""
     key = step_key(state.seed, state.step)
     params = state.params
+    moved, rest = partition.split(params, _trainable(model, params, config))
     if train.sparse_tables:
         ids = gather_over(axis_name, model.touched(batch, config))  # under pmap every device takes all devices' rows
-        rows = {name: gather_rows(params["tables"][name], constrain(i, P())) for name, i in ids.items()}
+        tables = {name: table for name, table in moved["tables"].items() if table is not None}
+        rows = {name: gather_rows(tables[name], constrain(i, P())) for name, i in ids.items() if name in tables}
         params = {**params, "tables": {**params["tables"], **rows}}
     (loss, aux), gradients = value_and_grad(
         model, params, batch, config, key=key, micro_batches=train.micro_batches, axis_name=axis_name
@@ -223,8 +233,8 @@ def advance(
     norm = optimizers.gradient_norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     go = finite & (state.diverged < 0)
-    params, opt_state = optimizers.update(
-        state.params,
+    moved, opt_state = optimizers.update(
+        moved,
         optimizers.clip(gradients, norm, train.clip),
         state.opt_state,
         train,
@@ -239,6 +249,7 @@ def advance(
         "diverged": diverged,
         "aux": aux,
     }
+    params = partition.join(moved, rest)
     return State(state.step + go.astype(jnp.int32), params, opt_state, diverged, state.seed), metrics
 
 

@@ -7,11 +7,23 @@ import numpy as np
 import pytest
 
 from rec_core import embedding
-from rec_core.embedding import Categorical
+from rec_core.embedding import Categorical, Continuous
+from rec_core.interest import INTEREST
+from rec_core.interest.can import parameters
 from rec_core.ranking import ctr
+from rec_core.ranking.gates import FRNet
+from rec_core.ranking.networks import NETWORKS, Network
 
 CONFIG, BATCH = ctr.example()
 PLAIN = dataclasses.replace(CONFIG, interest="average", interest_options=())
+DOMAINS = dataclasses.replace(
+    PLAIN,
+    domain_features=(Categorical("scenario", 3, 4), Continuous("active_days", (1.0, 7.0), 4)),
+    domain_field="scenario",
+    domains=3,
+)
+WHERE = {"scenario": np.arange(8, dtype=np.int32) % 3, "active_days": np.linspace(0, 9, 8, dtype=np.float32)}
+PLACED = dataclasses.replace(BATCH, context={**BATCH.context, **WHERE})
 
 
 @functools.cache
@@ -108,20 +120,23 @@ def test_candidates_of_a_request_are_scored_as_one_by_one():
 @pytest.mark.parametrize("interest", ["dien", "mimn", "eta"])
 def test_behaviors_are_encoded_once_for_all_candidates_of_a_request(monkeypatch, interest):
     config = dataclasses.replace(CONFIG, interest=interest, interest_options=())
-    params = jax.jit(ctr.init, static_argnums=1)(jax.random.key(0), config)
     target = {name: np.stack([values, values[::-1]], axis=1) for name, values in BATCH.target.items()}
     request = dataclasses.replace(BATCH, target=target)
-    alone = jax.jit(ctr.apply, static_argnums=2)(params, BATCH, config)
-    member, encoded = ctr.INTEREST[interest], []
+    params = jax.eval_shape(functools.partial(ctr.init, config=config), jax.random.key(0))
+    member, encoded = INTEREST[interest], []
 
     class Counted(member):
         def encode(self, *arguments, **options):
             encoded.append(self)
             return super().encode(*arguments, **options)
 
-    monkeypatch.setitem(ctr.INTEREST, interest, Counted)
-    np.testing.assert_allclose(ctr.score(params, request, config, chunk=1)[:, 0], alone, rtol=1e-4, atol=1e-5)
+    monkeypatch.setitem(INTEREST, interest, Counted)
+    assert jax.eval_shape(functools.partial(ctr.score, config=config, chunk=1), params, request).shape == (8, 2)
     assert len(encoded) == 1
+    if interest == "eta":
+        found = random_params(config)
+        alone = ctr.apply(found, BATCH, config)
+        np.testing.assert_allclose(ctr.score(found, request, config)[:, 0], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_scoring_does_not_repeat_the_sequence():
@@ -199,6 +214,135 @@ def test_bfloat16_gives_float32_logits_close_by():
     np.testing.assert_allclose(half, apply(PARAMS, BATCH, CONFIG), atol=0.1)
 
 
+class Spy(Network):
+    """A network that gives a part of what it was told: part 0 is x, 1 the fields, 2 the domain, 3 its id."""
+
+    part: int = 0
+
+    @property
+    def needs(self):
+        return ("fields",) if self.part == 1 else ()
+
+    def logits(self, inputs, deterministic):
+        values = (inputs.x, inputs.fields, inputs.domain, inputs.domain_id)[self.part]
+        return jnp.pad(values.reshape(len(values), -1).astype(jnp.float32), ((0, 0), (0, self.tasks)))[:, : self.tasks]
+
+
+def test_a_network_is_told_all_parts_side_by_side_and_as_fields(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "spy", Spy)
+    config = dataclasses.replace(DOMAINS, network="spy", tasks=60, dense_width=6)
+    params, told = random_params(dataclasses.replace(config, network_options=(("part", 1),))), []
+    for part in range(4):
+        told.append(
+            np.asarray(ctr.apply(params, PLACED, dataclasses.replace(config, network_options=(("part", part),))))
+        )
+    tables, dense_layer = params["tables"], params["net"]["head"]["dense"]
+
+    def embed(specs, fields):
+        return np.asarray(embedding.embed(tables, specs, fields))
+
+    sequence, mask = embed(CONFIG.item_features, BATCH.sequence), BATCH.mask[..., None]
+    e_d = embed(DOMAINS.domain_features, WHERE)
+    parts = [
+        (sequence * mask).sum(1) / mask.sum(1),
+        embed(CONFIG.user_features, BATCH.user),
+        embed(CONFIG.item_features, BATCH.target),
+        embed(CONFIG.context_features, PLACED.fields),
+        e_d,
+        dense(dense_layer, np.sign(BATCH.dense) * np.log1p(np.abs(BATCH.dense))),
+    ]
+    x = np.concatenate(parts, axis=1)
+    np.testing.assert_allclose(told[0], np.pad(x, ((0, 0), (0, 60 - x.shape[1]))), rtol=1e-4, atol=1e-5)
+    fields = np.concatenate([*parts[:-1], dense(params["net"]["head"]["field_5"], parts[-1])], axis=1)  # 6 wide, made 8
+    assert fields.shape == (8, 48)
+    np.testing.assert_allclose(told[1], np.pad(fields, ((0, 0), (0, 12))), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(told[2][:, :8], e_d, rtol=1e-6)
+    np.testing.assert_array_equal(told[3][:, 0], WHERE["scenario"])
+
+    gated = dataclasses.replace(config, gate="frnet", gate_options=(("hidden", 5),))
+    found = random_params(gated)
+    shown = np.asarray(ctr.apply({**found, "tables": tables}, PLACED, gated))
+    # The same tables, other layers behind them.
+    own = found["net"]["head"]
+    last = dense(own["field_5"], dense(own["dense"], np.sign(BATCH.dense) * np.log1p(np.abs(BATCH.dense))))
+    refined = FRNet(hidden=5).apply({"params": own["frnet"]}, np.concatenate([*parts[:-1], last], 1).reshape(8, 12, 4))
+    np.testing.assert_allclose(shown[:, :48], np.asarray(refined).reshape(8, 48), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"spy"}))
+def test_every_network_serves_in_the_place_of_the_mlp(name):
+    config = dataclasses.replace(DOMAINS, network=name, hidden=(8, 8), tasks=2)
+    params = jax.eval_shape(functools.partial(ctr.init, config=config), jax.random.key(0))
+    assert jax.eval_shape(functools.partial(ctr.apply, config=config), params, PLACED).shape == (8, 2)
+
+
+def request(batch, candidates, **context):
+    draw = np.random.default_rng(1)
+    target = {name: draw.integers(2, 30, (8, candidates)).astype(np.int32) for name in batch.target}
+    return dataclasses.replace(batch, target=target, context={**batch.context, **context})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"network": "star"}, {"gate": "frnet"}, {"gate": "pepnet", "tasks": 2}],
+    ids=["star", "frnet", "pepnet"],
+)
+def test_candidates_are_scored_as_one_by_one_with_networks_and_gates(change):
+    config = dataclasses.replace(DOMAINS, hidden=(6, 4), **change)
+    params = random_params(config)
+    scenario = np.random.default_rng(2).integers(0, 3, (8, 3)).astype(np.int32)  # the candidate's; activity the user's
+    asked = request(PLACED, 3, scenario=scenario)
+    many = np.asarray(jax.jit(ctr.score, static_argnames=("config", "chunk"))(params, asked, config, chunk=2))
+    assert np.std(many) > 1e-3
+    for c in range(3):
+        context = {**asked.context, "scenario": scenario[:, c]}
+        target = {k: v[:, c] for k, v in asked.target.items()}
+        one = dataclasses.replace(PLACED, target=target, context=context)
+        np.testing.assert_allclose(many[:, c], apply(params, one, config), rtol=1e-4, atol=1e-5)
+
+
+def test_the_domain_and_the_candidates_own_query_are_read_and_touched():
+    size = parameters(8, (3,))
+    config = dataclasses.replace(
+        DOMAINS,
+        interest="can",
+        interest_options=(("hidden", (3,)), ("generate", False)),
+        query_features=(Categorical("item", 30, size, table="co_action"),),
+    )
+    params = random_params(config)
+    ctr.check(PLACED, config)
+    logits = np.asarray(apply(params, PLACED, config))
+    touched = ctr.touched(PLACED, config)
+    assert touched.keys() == params["tables"].keys() > {"scenario", "active_days", "co_action"}
+    rows = {name: embedding.gather_rows(jnp.asarray(params["tables"][name]), ids) for name, ids in touched.items()}
+    np.testing.assert_allclose(apply({**params, "tables": rows}, PLACED, config), logits, rtol=1e-5)
+    for table in ("scenario", "active_days", "co_action"):
+        moved = {**params, "tables": {**params["tables"], table: params["tables"][table] + 0.5}}
+        assert np.abs(apply(moved, PLACED, config) - logits).min() > 1e-5, table
+    other = dataclasses.replace(DOMAINS, domain_field="", domains=0, domain_features=())
+    assert {"scenario", "active_days"}.isdisjoint(random_params(other)["tables"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scenario": WHERE["scenario"] + 1}, r"domain\['scenario'\]: id 3 at row 2 is outside \[0, 3\)"),
+        ({"active_days": np.full(8, np.inf, np.float32)}, r"domain\['active_days'\]: inf at row 0"),
+        ({"active_days": np.full(8, np.nan, np.float32)}, r"domain\['active_days'\]: nan at row 0"),
+        ({"scenario": WHERE["scenario"][:, None]}, r"domain\['scenario'\]: shape \(8, 1\), must be \(8,\)"),
+        ({"scenario": None}, "context: field 'scenario' is missing"),
+    ],
+)
+def test_check_names_what_is_wrong_with_a_domain(change, message):
+    context = {name: value for name, value in {**PLACED.context, **change}.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        ctr.check(dataclasses.replace(PLACED, context=context), DOMAINS)
+    more = dataclasses.replace(DOMAINS, domain_features=DOMAINS.domain_features[1:])
+    if "shape" not in message and "scenario" in change:  # the id alone
+        with pytest.raises(ValueError, match=message):
+            ctr.check(dataclasses.replace(PLACED, context=context), more)
+
+
 def spoil(part, name, index, value):
     fields = dict(getattr(BATCH, part))
     fields[name] = fields[name].copy()
@@ -236,6 +380,25 @@ def test_check_names_field_row_and_value(change, message):
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"tasks": 0}, "tasks is 0"),
         ({"hidden": ()}, "hidden is"),
+        ({"network": "mlp"}, r"network is 'mlp', must be one of \['adasparse', '"),
+        (
+            {"network": "star", "domain_features": DOMAINS.domain_features, "network_options": (("domains", 3),)},
+            "network is 'star', which reads the domain's id, and domain_field is",
+        ),
+        ({"network": "apg"}, "network is 'apg', which reads the domain, and domain_features is empty; give them"),
+        (
+            {"gate": "frnet", "context_features": (Categorical("hour", 24, 6),)},
+            r"gate is 'frnet', which reads fields of one width, and the features' are \[4, 6\]",
+        ),
+        (
+            {"network": "dcnv2", "network_options": (("layers", 3),)},
+            r"network_options names \['layers'\]; network 'dcnv2' has \['cross', 'experts'",
+        ),
+        ({"gate": "frnet", "gate_options": (("heads", 2),)}, r"gate_options names \['heads'\]; gate 'frnet' has"),
+        ({"gate": "gru"}, "gate is 'gru'"),
+        ({"gate": "pepnet"}, "gate is 'pepnet', which reads the domain"),
+        ({"gate": "pepnet", "network": "dcnv2"}, "gate is 'pepnet' with network 'dcnv2'; it gates the layers of 'dnn'"),
+        ({"domains": 3}, "domain_field is '' and domains 3; give both or none"),
         ({"user_features": (Categorical("item", 30, 4),)}, r"\['item'\] are in user_features and item_features"),
         ({"user_features": (Categorical("user", 20, 4), Categorical("friend", 9, 4, table="user"))}, "table 'user'"),
     ],

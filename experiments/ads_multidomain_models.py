@@ -1,0 +1,182 @@
+"""The models of `ads_multidomain.py`: settings, the table of rivals, and how each is tuned and trained."""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+import ads_jax
+from experiments.progress import Progress
+from experiments.steps import multidomain
+from experiments.steps.lifelong import Run, saved_run
+from experiments.steps.multidomain import Impressions, Tuned
+from rec_core.data.world import World
+from rec_core.embedding import Categorical
+from rec_core.interest.can import parameters
+from rec_core.ranking import cost, ctr
+from rec_core.training import TrainConfig
+
+
+@dataclass(frozen=True)
+class AdsMultidomain:
+    """Settings; the defaults are for one accelerator.
+
+    Attributes:
+      out: folder for report.html, result.json, the prepared data, and what is done already.
+      quick: a run of seconds that only shows that everything works.
+      only: names of models (`MODELS`); none for all.
+      dials: settings of the world's domain dial. main: the one that the figures are about.
+      ml_1m, taobao: where MovieLens-1M and Taobao's UserBehavior lie; without them the world alone.
+      users, items, mean_length: of the world (`rec_core.data.world`).
+      train_samples, test_samples: impressions learned from, and each of validation and test.
+      epochs: over the training samples.
+      length: behaviours that every model reads. items_per_chunk: of ADS, that share a query.
+      width: of every feature's vector.
+      rates: learning rates, one trial each, the same for every model. seeds: final runs at the best of them.
+      batch_size: of Adam, with linear decay.
+      resamples: of the bootstrap.
+    """
+
+    out: Path = Path("runs/ads-multidomain")
+    quick: bool = False
+    only: tuple[str, ...] = ()
+    dials: tuple[float, ...] = (0.0, 0.2, 0.4, 0.7, 1.0)
+    main: float = 0.4
+    ml_1m: Path | None = None
+    taobao: Path | None = None
+    users: int = 3000
+    items: int = 2000
+    mean_length: float = 120.0
+    train_samples: int = 400_000
+    test_samples: int = 100_000
+    epochs: float = 1.0
+    length: int = 50
+    items_per_chunk: int = 10
+    width: int = 16
+    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+    seeds: int = 5
+    batch_size: int = 1024
+    resamples: int = 300
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.only if name not in MODELS]
+        if unknown:
+            raise ValueError(f"only={unknown}: there is no such model; there are {', '.join(map(repr, MODELS))}")
+        if not self.rates or min(self.rates) <= 0:
+            raise ValueError(f"rates={self.rates}: must be at least one learning rate above 0")
+        for name in ("seeds", "length", "items_per_chunk", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.dials or self.main not in self.dials:
+            raise ValueError(f"main={self.main} must be one of dials={self.dials}")
+
+    def world(self, dial: float) -> World:
+        small: dict[str, Any] = {"categories": 8, "departments": 2, "days": 40.0} if self.quick else {}
+        return World(
+            users=self.users, items=self.items, mean_length=self.mean_length, domain=dial,
+            max_length=round(max(512, 4 * self.mean_length)) if not self.quick else 120, **small,
+        )  # fmt: skip
+
+
+QUICK: dict[str, Any] = {
+    "users": 60, "items": 100, "mean_length": 20.0, "train_samples": 2048, "test_samples": 400, "epochs": 4.0,
+    "length": 8, "items_per_chunk": 3, "width": 4, "dials": (0.0, 0.4), "rates": (2e-3, 8e-3), "seeds": 2,
+    "batch_size": 64, "resamples": 40, "only": ("DNN", "STAR", "DIN", "DIN + PEPNet", "DIN + ADS"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of the table: what differs from the common configuration. `personal`: whether it is ADS's model."""
+
+    changes: Mapping[str, Any]
+    personal: bool = False
+
+
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "DIN": {"interest": "din", "interest_options": (("hidden", (32,)),)},
+    "MHA": {"interest": "multi_head", "interest_options": (("heads", 4), ("width", 8))},
+    "CAN": {"interest": "can", "interest_options": (("hidden", (4, 2)), ("generate", False))},
+}
+_POOLED = {"interest": "average"}
+_ADS = {"ADS": {}, "ADS without PCRG": {"pcrg": False}, "ADS, E_D constant": {"constant": True}}
+MODELS: dict[str, Model] = {
+    "MLR": Model({**_POOLED, "network": "mlr"}),
+    "DNN": Model({**_POOLED}),
+    "DeepFM": Model({**_POOLED, "network": "deepfm"}),
+    "xDeepFM": Model({**_POOLED, "network": "xdeepfm"}),
+    "DCNv2": Model({**_POOLED, "network": "dcnv2"}),
+    "MaskNet": Model({**_POOLED, "network": "masknet"}),
+    "DFFM": Model({**_POOLED, "network": "dffm"}),
+    "APG": Model({**_POOLED, "network": "apg"}),
+    "AdaSparse": Model({**_POOLED, "network": "adasparse"}),
+    "STAR": Model({**_POOLED, "network": "star"}),
+    "PLE": Model({**_POOLED, "network": "ple"}),
+}
+for _name, _attention in ATTENTIONS.items():
+    MODELS[_name] = Model(_attention)  # also ADS without both generators
+    MODELS |= {f"{_name} + {gate}": Model({**_attention, "gate": gate.lower()}) for gate in ("FRNet", "PEPNet")}
+    MODELS |= {f"{_name} + {variant}": Model({**_attention, **changes}, True) for variant, changes in _ADS.items()}
+
+
+def rivals(attention: str) -> tuple[str, ...]:
+    """What ADS on this attention is compared with: the attention alone, and behind each gate."""
+    return attention, f"{attention} + FRNet", f"{attention} + PEPNet"
+
+
+def model_config(data: Impressions, name: str, settings: AdsMultidomain) -> tuple[ModuleType, ctr.Config]:
+    """The model's module under the contract, and its configuration."""
+    model = MODELS[name]
+    values: dict[str, Any] = data.settings | dict(model.changes)
+    if values["interest"] == "can":  # the candidate is looked up as the weights of a micro-MLP over the item's vector
+        item = values["item_features"]
+        size = parameters(sum(spec.width for spec in item), dict(values["interest_options"])["hidden"])
+        values["query_features"] = (Categorical("item", item[0].size, size, table="co_action"),)
+    if not model.personal:
+        return ctr, ctr.Config(**values)
+    return ads_jax, ads_jax.Config(**values, length=settings.length, items=settings.items_per_chunk)
+
+
+@dataclass
+class Outcome:
+    """What one data set gave: every model's trials and logits, and its parameters beside the tables."""
+
+    data: Impressions
+    tuned: dict[str, Tuned] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+
+
+def train_all(data: Impressions, config: AdsMultidomain) -> Outcome:
+    """Every model on one data set. What is done is kept under `out`/models: a stopped run goes on from there."""
+    done = Outcome(data)
+    size = min(config.batch_size, len(data.train))
+    steps = max(2, round(config.epochs * len(data.train) / size))
+    steps -= steps % multidomain.CALL if steps > multidomain.CALL else 0  # whole calls: no other shape is compiled
+    settings = TrainConfig(steps=steps, decay="linear", warmup=max(1, steps // 20), b2=0.99)
+    names = config.only or tuple(MODELS)
+    arrays = [data.batch.label, data.batch.target["item"], data.batch.mask, data.domain]
+    identity = zlib.crc32(b"".join(np.asarray(x).tobytes() for x in arrays))
+    with Progress(len(names), data.name, unit="models") as progress:
+        for number, name in enumerate(names):
+            model, own = model_config(data, name, config)
+            point = repr((identity, model.__name__, own, settings, config.rates, config.seeds, size))
+            kept = config.out / "models" / f"{data.name}-{zlib.crc32(point.encode()):08x}.npz"
+
+            def run(model: ModuleType = model, own: ctr.Config = own) -> Run:
+                found = multidomain.tune_and_train(
+                    data, model, own, settings, rates=config.rates, seeds=config.seeds, batch_size=size
+                )
+                tried = {"rates": found.rates, "trials": found.trials, "valid": found.valid}
+                return Run(tried, found.losses, found.test)
+
+            found = saved_run(kept, run)
+            done.tuned[name] = Tuned(losses=found.losses, test=found.logits, **found.params)
+            shapes = jax.eval_shape(lambda model=model, own=own: model.init(jax.random.key(0), own))
+            done.parameters[name] = cost.parameters(shapes)["rest"]
+            progress.update(number + 1, loss=float(found.losses[-1].mean()), count=1)
+    return done

@@ -1,0 +1,239 @@
+"""Ranking models on impressions that lie on the device: learning rates and seeds side by side in each operation.
+
+All models see the same impressions in the same orders. What differs between the data sets of one size is an argument
+of what is compiled, so a model is compiled once for all settings of a dial.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from experiments.steps.problem import Problem
+from experiments.steps.rank import rank_batch
+from rec_core import metrics, training
+from rec_core.embedding import Categorical, Continuous
+from rec_core.ranking import ctr
+
+CALL = 50  # steps of one call
+TUNING_SEED = 10_000  # of the trials; no final run has it
+# Of a user's behaviours so far; the same for all data, since what a model is compiled for must not follow the data.
+ACTIVITY = tuple(2.0**i for i in range(13))
+_ROWS = 4096  # scored at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Impressions:
+    """All impressions of a comparison, and the features that every model has.
+
+    Attributes:
+      name: of the data. domain_name: what a domain is there.
+      batch: every impression, as one batch on the device.
+      train, valid, test: indices; each period is later than the one before.
+      user, domain, label: of the impressions, on the host.
+      probability: the true click probability, where the source knows it.
+      settings: fields of `rec_core.ranking.ctr.Config`.
+    """
+
+    name: str
+    domain_name: str
+    batch: ctr.Batch
+    train: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
+    user: np.ndarray
+    domain: np.ndarray
+    label: np.ndarray
+    probability: np.ndarray | None
+    settings: dict[str, Any]
+
+
+def make_impressions(
+    problem: Problem, *, name: str, train: int, test: int, length: int, width: int = 16
+) -> Impressions:
+    """The newest `train` training samples, and up to `test` of the validation and of the test period, evenly taken.
+
+    The explicit domain is the source's; where it has none, the candidate's category, as the paper has it on Taobao's
+    data. The implicit one is how many behaviours the user has by then, cut at powers of two. All features have one
+    width, which the networks over fields need.
+
+    Args:
+      length: behaviours that every model reads, the newest.
+    """
+    splits, samples, sizes = problem.splits, problem.samples, problem.behaviors.sizes
+    newest = np.sort(splits["train"][np.argsort(samples.time[splits["train"]], kind="stable")[-train:]])
+    parts = {"train": newest} | {part: _evenly(splits[part], test) for part in ("valid", "test")}
+    for part, index in parts.items():
+        if not len(index):
+            raise ValueError(f"{name}: no samples in the {part} period; give more events or another source")
+    index = np.concatenate(list(parts.values()))
+    own = sizes.get("domain", 0) > 1
+    domain = (samples.domain if own else samples.category)[index].astype(np.int32)
+    domains = sizes["domain" if own else "category"]
+    activity = (samples.end - samples.start)[index].astype(np.float32)
+    read = rank_batch(problem, index, np.ones(len(index), np.float32), None, length)
+    batch = replace(
+        read,
+        user={**read.user, "user": samples.user[index].astype(np.int32)},
+        context={"domain": domain, "activity": activity},
+    )
+    item_fields = [field for field in ("item", "category", "feedback") if field in read.target]
+    settings: dict[str, Any] = {
+        "item_features": tuple(Categorical(field, sizes[field], width) for field in item_fields),
+        "user_features": (
+            Categorical("user", problem.behaviors.users, width),
+            *(Categorical(field, size, width) for field, size in sorted(problem.user_feature_sizes.items())),
+        ),
+        "domain_features": (Categorical("domain", domains, width), Continuous("activity", ACTIVITY, width)),
+        "domain_field": "domain",
+        "domains": domains,
+        "hidden": (64, 32),
+    }
+    ctr.check(batch, ctr.Config(**settings))
+    first, last = np.cumsum([0, *map(len, parts.values())])[:-1], np.cumsum([*map(len, parts.values())])
+    train_index, valid_index, test_index = (np.arange(a, b) for a, b in zip(first, last, strict=True))
+    return Impressions(
+        name=name,
+        domain_name="domain" if own else "category of the candidate",
+        batch=jax.tree.map(jnp.asarray, batch),
+        train=train_index,
+        valid=valid_index,
+        test=test_index,
+        user=samples.user[index],
+        domain=domain,
+        label=samples.label[index],
+        probability=None if samples.probability is None else samples.probability[index],
+        settings=settings,
+    )
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A model with its learning rate: of each trial the rate and the validation AUC (-1: it diverged), and of the final
+    runs the losses, and logits of the validation and test impressions."""
+
+    rates: Float[np.ndarray, " trials"]
+    trials: Float[np.ndarray, " trials"]
+    losses: Float[np.ndarray, "steps seeds"]
+    valid: Float[np.ndarray, "seeds n"]
+    test: Float[np.ndarray, "seeds m"]
+
+    @property
+    def rate(self) -> float:
+        return float(self.rates[np.argmax(self.trials)])
+
+
+def tune_and_train(
+    data: Impressions,
+    model: ModuleType,
+    config: Any,
+    settings: training.TrainConfig,
+    *,
+    rates: tuple[float, ...],
+    seeds: int,
+    batch_size: int,
+) -> Tuned:
+    """One trial for each learning rate, the best by validation AUC, then as many final runs as there are seeds.
+
+    Raises:
+      DivergedError: no trial, or a final run, stayed finite.
+    """
+    share = {"model": model, "config": config, "settings": settings}
+    tuning = np.full(len(rates), TUNING_SEED)
+    params, _, diverged = train(data, tuning, np.asarray(rates), batch_size=batch_size, **share)
+    if (diverged >= 0).all():
+        raise training.DivergedError(int(diverged.min()), float("nan"), float("nan"), None)
+    found = scores(data, params, data.valid, model=model, config=config)
+    label = data.label[data.valid]
+    trials = [metrics.auc(label, x) if bad < 0 else -1.0 for x, bad in zip(found, diverged, strict=True)]
+    best = rates[int(np.argmax(trials))]
+    params, losses, diverged = train(data, np.arange(seeds), np.full(seeds, best), batch_size=batch_size, **share)
+    if (diverged >= 0).any():
+        raise training.DivergedError(int(diverged.max()), float("nan"), float("nan"), None)
+    valid, test = (scores(data, params, index, model=model, config=config) for index in (data.valid, data.test))
+    return Tuned(np.asarray(rates), np.asarray(trials), losses, valid, test)
+
+
+def train(
+    data: Impressions,
+    seeds: Int[np.ndarray, " runs"],
+    rates: Float[np.ndarray, " runs"],
+    *,
+    model: ModuleType,
+    config: Any,
+    settings: training.TrainConfig,
+    batch_size: int,
+) -> tuple[Any, Float[np.ndarray, "steps runs"], Int[np.ndarray, " runs"]]:
+    """Runs side by side: parameters, stacked, losses, and the step at which each diverged, or -1.
+
+    Args:
+      seeds: of initial values and orders: each seed takes the training impressions in an order of its own.
+      rates: learning rates of the runs; `settings.learning_rate` is not read, its schedule is.
+    """
+    settings = replace(settings, learning_rate=1.0)
+    states = _begin(jnp.asarray(seeds, jnp.uint32), model=model, config=config, settings=settings)
+    orders = np.stack([_order(data.train, settings.steps * batch_size, int(seed)) for seed in seeds])
+    orders = orders.reshape(len(seeds), settings.steps, batch_size).astype(np.int32)
+    losses = []
+    for first in range(0, settings.steps, CALL):
+        rows = jnp.asarray(orders[:, first : first + CALL])
+        states, found = _advance(
+            states, data.batch, rows, jnp.asarray(rates, jnp.float32), model=model, config=config, settings=settings
+        )
+        losses.append(np.asarray(found).T)
+    return states.params, np.concatenate(losses), np.asarray(states.diverged)
+
+
+def scores(
+    data: Impressions, params: Any, index: Int[np.ndarray, " n"], *, model: ModuleType, config: Any
+) -> Float[np.ndarray, "runs n"]:
+    """Logits of the impressions at `index` under each run's parameters."""
+    size = min(_ROWS, len(index))
+    rows = np.resize(index, -(-len(index) // size) * size).reshape(-1, size)  # the last part is filled up
+    found = np.asarray(_scores(params, data.batch, jnp.asarray(rows, jnp.int32), model=model, config=config))
+    return found.swapaxes(0, 1).reshape(found.shape[1], -1)[:, : len(index)]
+
+
+@partial(jax.jit, static_argnames=("model", "config", "settings"))
+def _begin(seeds: Array, *, model: Any, config: Any, settings: training.TrainConfig) -> Any:
+    return jax.lax.map(lambda seed: training.init_state(model, config, settings, seed=seed), seeds)
+
+
+@partial(jax.jit, static_argnames=("model", "config", "settings"), donate_argnums=0)
+def _advance(
+    states: Any, batch: Any, rows: Array, rates: Array, *, model: Any, config: Any, settings: training.TrainConfig
+) -> Any:
+    def one(state: Any, rows: Array, rate: Array) -> Any:
+        def step(state: Any, rows: Array) -> Any:
+            new, found = training.advance(model, config, settings, state, jax.tree.map(lambda x: x[rows], batch))
+            # Adam's step is linear in its rate, so runs of many rates are one compiled run of the rate 1.
+            params = jax.tree.map(lambda old, new: old + rate * (new - old), state.params, new.params)
+            return replace(new, params=params), found["loss"]
+
+        return jax.lax.scan(step, state, rows)
+
+    return jax.vmap(one)(states, rows, rates)
+
+
+@partial(jax.jit, static_argnames=("model", "config"))
+def _scores(params: Any, batch: Any, rows: Array, *, model: Any, config: Any) -> Array:
+    def some(rows: Array) -> Array:
+        part = jax.tree.map(lambda x: x[rows], batch)
+        return jax.vmap(lambda params: model.apply(params, part, config))(params)
+
+    logits: Array = jax.lax.map(some, rows)
+    return logits
+
+
+def _order(index: np.ndarray, need: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng([seed, 7])
+    return np.concatenate([rng.permutation(index) for _ in range(-(-need // len(index)))])[:need]
+
+
+def _evenly(index: np.ndarray, count: int) -> np.ndarray:
+    return index[np.unique(np.linspace(0, len(index) - 1, min(count, len(index))).astype(int))] if len(index) else index

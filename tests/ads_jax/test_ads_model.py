@@ -1,0 +1,274 @@
+"""The ranking model of ADS: equation 13, what it shares with the plain model, candidates, domains, memory, training."""
+
+import functools
+from dataclasses import fields, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import ads_jax
+from rec_core import embedding, training
+from rec_core.embedding import UNKNOWN, Categorical
+from rec_core.features import vocabulary_from_values
+from rec_core.interest.can import parameters
+from rec_core.metrics import imp
+from rec_core.ranking import ctr
+
+CONFIG, BATCH = ads_jax.example(batch_size=6, seed=3)
+BATCH.mask[0] = False  # a new user
+apply = jax.jit(ads_jax.apply, static_argnames=("config", "train"))
+score = jax.jit(ads_jax.score, static_argnames=("config", "chunk"))
+
+
+@functools.cache
+def drawn(config, seed=1):
+    """Parameters of which none is zero; nothing is compiled."""
+    draw = np.random.default_rng(seed)
+    shapes = jax.eval_shape(functools.partial(ads_jax.init, config=config), jax.random.key(0))
+    return jax.tree.map(lambda x: 0.5 * draw.normal(size=x.shape).astype(np.float32), shapes)
+
+
+def dice(s, alpha):
+    centered = s - s.mean(axis=-1, keepdims=True)
+    p = 1 / (1 + np.exp(-centered / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + 1e-6)))
+    return p * s + (1 - p) * alpha * s
+
+
+@pytest.mark.portable
+def test_equation_13_by_hand():
+    params = drawn(CONFIG)
+    tables, head = params["tables"], params["net"]["head"]
+    target, sequence = tables["item"][BATCH.target["item"]], tables["item"][BATCH.sequence["item"]]
+    e_u = tables["user"][BATCH.user["user"]]
+    bucket = (BATCH.context["active_days"][:, None] >= np.array([1.0, 7.0])).sum(1)
+    e_d = np.concatenate([tables["scenario"][BATCH.context["scenario"]], tables["active_days"][bucket]], axis=1)
+    module = CONFIG.make_interest()
+    s = module.apply({"params": params["net"]["interest"]}, target, sequence, BATCH.mask, e_d)
+    np.testing.assert_array_equal(s[0], 0)
+    x = np.concatenate([s, e_u, target, e_d], axis=1)
+    h = dice(x @ head["mlp_0"]["kernel"] + head["mlp_0"]["bias"], head["dice_0"]["alpha"])
+    wanted = h @ head["logit"]["kernel"] + head["logit"]["bias"]
+    logits = apply(params, BATCH, CONFIG)
+    assert logits.shape == (6, 2)
+    np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-5)
+    loss, aux = ads_jax.objective(params, logits, BATCH, CONFIG)
+    p = 1 / (1 + np.exp(-np.asarray(wanted, np.float64)))
+    entropy = -(BATCH.label * np.log(p) + (1 - BATCH.label) * np.log(1 - p))
+    np.testing.assert_allclose(loss, entropy.mean(), rtol=1e-4)
+    np.testing.assert_allclose(aux["clicked"], (BATCH.label.sum(), 12), rtol=1e-6)
+
+
+def test_a_new_model_ranks_as_the_plain_one_and_the_domain_reaches_its_sequence_later():
+    plain = ctr.Config(**{field.name: getattr(CONFIG, field.name) for field in fields(ctr.Config)})
+    params = jax.jit(ads_jax.init, static_argnums=1)(jax.random.key(0), CONFIG)
+    inside = params["net"]["interest"]
+    assert set(inside) == {"psrg", "pcrg", "unit"}
+    same = {**params, "net": {**params["net"], "interest": inside["unit"]}}
+    np.testing.assert_allclose(
+        apply(params, BATCH, CONFIG), jax.jit(ctr.apply, static_argnums=2)(same, BATCH, plain), rtol=1e-5, atol=1e-6
+    )
+
+
+def through_interest(params, config, scenario):
+    """The interests' part in the logits, with the head's own view of the domain held fixed."""
+    module, tables = config.make_interest(), params["tables"]
+    target, sequence = tables["item"][BATCH.target["item"]], tables["item"][BATCH.sequence["item"]]
+    e_d = np.asarray(embedding.embed(tables, config.domain_features, {**BATCH.context, "scenario": scenario}))
+    return np.asarray(module.apply({"params": params["net"]["interest"]}, target, sequence, BATCH.mask, e_d))
+
+
+def test_the_control_has_the_capacity_and_no_domain():
+    """E_D held constant: as many parameters, and the same interest in every domain; with E_D it differs."""
+    control, params = replace(CONFIG, constant=True), drawn(CONFIG)
+    assert jax.tree.map(np.shape, drawn(control)) == jax.tree.map(np.shape, params)
+    here, there = (np.full(6, scenario, np.int32) for scenario in (0, 2))
+    np.testing.assert_array_equal(*(through_interest(params, control, x) for x in (here, there)))
+    moved = np.abs(through_interest(params, CONFIG, here) - through_interest(params, CONFIG, there)).max(axis=1)
+    assert moved[0] == 0 and (moved[1:] > 1e-3).all()  # the new user has no sequence to see otherwise
+
+
+@pytest.mark.parametrize("left", ["psrg", "pcrg"])
+def test_ablations_by_config(left):
+    both = {"psrg": False, "pcrg": False}
+    bare = jax.eval_shape(functools.partial(ads_jax.init, config=replace(CONFIG, **both)), jax.random.key(0))
+    assert set(bare["net"]["interest"]) == {"unit"}
+    one = jax.eval_shape(
+        functools.partial(ads_jax.init, config=replace(CONFIG, **both | {left: True})), jax.random.key(0)
+    )
+    assert set(one["net"]["interest"]) == {"unit", left}
+
+
+def asked(**context):
+    """BATCH as requests of three candidates; label and weight are not read."""
+    draw = np.random.default_rng(0)
+    target = {"item": draw.integers(2, 32, (6, 3)).astype(np.int32)}
+    return replace(BATCH, target=target, context={**BATCH.context, **context})
+
+
+CO_ACTION = replace(
+    CONFIG,
+    interest="can",
+    interest_options=(("hidden", (3,)), ("orders", 2), ("generate", False)),
+    query_features=(Categorical("item", 32, parameters(4, (3,)), table="co_action"),),
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "of_candidate"),
+    [(CONFIG, False), (CONFIG, True), (CO_ACTION, False)],
+    ids=["domain-of-request", "domain-of-candidate", "can"],
+)
+def test_candidates_of_a_request_get_the_numbers_of_each_alone(config, of_candidate):
+    params = drawn(config)
+    scenario = np.random.default_rng(5).integers(0, 3, (6, 3)).astype(np.int32)
+    request = asked(**({"scenario": scenario} if of_candidate else {}))
+    many = np.asarray(score(params, request, config, chunk=2))
+    assert many.shape == (6, 3, 2) and np.std(many[:, :, 0], axis=1).min() > 1e-3
+    for c in range(3):
+        context = {name: x[:, c] if x.ndim == 2 else x for name, x in request.context.items()}
+        one = replace(BATCH, target={"item": request.target["item"][:, c]}, context=context)
+        np.testing.assert_allclose(many[:, c], apply(params, one, config), rtol=1e-4, atol=1e-5)
+
+
+def test_a_request_encodes_its_sequence_once(monkeypatch):
+    encoded, original = [], ads_jax.PSRG.__call__
+
+    def counted(self, domain, sequence):
+        encoded.append(sequence.shape)
+        return original(self, domain, sequence)
+
+    monkeypatch.setattr(ads_jax.PSRG, "__call__", nn.compact(counted))
+    params = drawn(CONFIG)
+    encoded.clear()
+    jax.eval_shape(functools.partial(ads_jax.score, config=CONFIG), params, asked())
+    assert encoded == [(6, 8, 4)]  # all requests, slots up to whole chunks, no candidates
+
+
+@pytest.mark.parametrize("interest", ["din", "multi_head", "can"])
+def test_memory_of_a_request_stays_below_one_array_of_all_queries(interest):
+    candidates, length, d = 500, 1000, 16
+    config = ads_jax.Config(
+        item_features=(Categorical("item", 1000, d),),
+        domain_features=(Categorical("scenario", 3, 8),),
+        interest=interest,
+        interest_options=(("hidden", (16, 8)),) if interest == "din" else (),
+        hidden=(32,),
+        length=length,
+    )
+    request = ads_jax.Batch(
+        target={"item": np.zeros((1, candidates), np.int32)},
+        sequence={"item": np.zeros((1, length), np.int32)},
+        mask=np.ones((1, length), bool),
+        context={"scenario": np.zeros(1, np.int32)},
+        label=np.zeros(1, np.float32),
+        weight=np.ones(1, np.float32),
+    )
+    params = jax.eval_shape(functools.partial(ads_jax.init, config=config), jax.random.key(0))
+    compiled = score.lower(params, request, config).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * candidates * length * d
+
+
+def test_training_moves_touched_rows_alone_and_rare_ids_share_one():
+    """Ids seen once are dropped from the table: they train the row of the unknown, and new ids are read from it."""
+    draw = np.random.default_rng(0)
+    raw = np.concatenate([draw.integers(0, 8, 60) * 1000, [-7, -8, -9]])  # eight frequent values and three rare
+    vocabulary = vocabulary_from_values(raw, min_count=2)
+    assert vocabulary.size == 10 and set(vocabulary.encode([-7, -8, 12345])) == {UNKNOWN}
+    size = 16  # a multiple of 8 devices; ids from 10 on are nobody's
+    config = replace(CONFIG, item_features=(Categorical("item", size, 4),), tasks=1)
+    item = vocabulary.encode(raw[-16:])
+    batch = ads_jax.Batch(
+        target={"item": item},
+        sequence={"item": vocabulary.encode(draw.choice(raw[:60], (16, 6)))},
+        mask=np.ones((16, 6), bool),
+        user={"user": draw.integers(2, 10, 16).astype(np.int32)},
+        context={"scenario": draw.integers(0, 3, 16).astype(np.int32), "active_days": np.full(16, 2, np.float32)},
+        label=(item % 2).astype(np.float32),
+        weight=np.ones(16, np.float32),
+    )
+    ads_jax.check(batch, config)
+    before = jax.jit(ads_jax.init, static_argnums=1)(jax.random.key(0), config)
+    settings = training.TrainConfig(steps=12, learning_rate=0.03, sparse_tables=True, weight_decay=0.1, log_every=1)
+    done = training.fit(ads_jax, config, settings, iter([batch] * 12), params=before)
+    touched = ads_jax.touched(batch, config)
+    for name, table in before["tables"].items():
+        rows, moved = np.unique(touched[name]), np.asarray(done.params["tables"][name])
+        left = np.setdiff1d(np.arange(len(table)), rows)
+        np.testing.assert_array_equal(moved[left], np.asarray(table)[left], err_msg=name)
+        assert (moved[rows] != np.asarray(table)[rows]).any(axis=1).all(), name
+    assert UNKNOWN in touched["item"] and (np.unique(touched["active_days"]) == [1]).all()
+    assert done.history[-1]["loss"] < 0.8 * done.history[0]["loss"]
+
+
+class TheirAttention(nn.Module):
+    """A model of somebody else's: it asks each behaviour for itself."""
+
+    @nn.compact
+    def __call__(self, query, history, mask):
+        read = nn.Dense(6)(jnp.concatenate([query, history, query * history], axis=-1))
+        score = jnp.where(mask, nn.Dense(1)(nn.relu(read))[..., 0], -1e9)
+        return jnp.einsum("bt,btd->bd", jax.nn.softmax(score), history)
+
+
+def test_an_existing_flax_model_is_made_personal_in_five_lines():
+    draw = np.random.default_rng(0)
+    item, history = draw.normal(size=(4, 5)), draw.normal(size=(4, 7, 5))
+    mask, domain = np.arange(7) >= np.array([0, 2, 6, 3])[:, None], draw.normal(size=(4, 3))
+
+    personal = ads_jax.ADS(ads_jax.Around(TheirAttention()), length=7, items=3)
+    params = personal.init(jax.random.key(0), item, history, mask, domain)
+    interest = personal.apply(params, item, history, mask, domain)
+
+    theirs = {"params": params["params"]["unit"]["attention"]}
+    everywhere = np.broadcast_to(item[:, None], history.shape)
+    plain = TheirAttention().apply(theirs, everywhere, np.where(mask[..., None], history, 0), mask)
+    np.testing.assert_allclose(interest, plain, rtol=1e-5, atol=1e-6)  # as long as nothing was learned
+    learned = jax.tree.map(lambda x: x + 0.1, params)
+    changed = [np.asarray(personal.apply(learned, item, history, mask, sign * domain)) for sign in (1, -1)]
+    assert np.abs(changed[0] - changed[1]).max(axis=1).min() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"length": 0}, "length is 0, must be at least 1"),
+        ({"items": 0}, "items is 0, must be at least 1"),
+        ({"eta": 0.0}, r"eta is 0\.0, must be above 0"),
+        ({"domain_features": ()}, "domain_features is empty; the plug-in generates from at least one"),
+        ({"interest": "dinn"}, "interest is 'dinn'"),
+    ],
+)
+def test_impossible_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **changes)
+
+
+def test_bad_batches_are_named_and_hard_ones_are_defined():
+    for context, message in (
+        ({"scenario": np.full(6, 3, np.int32)}, r"domain\['scenario'\]: id 3 at row 0 is outside \[0, 3\)"),
+        ({"active_days": np.full(6, np.nan, np.float32)}, r"domain\['active_days'\]: nan at row 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ads_jax.check(replace(BATCH, context={**BATCH.context, **context}), CONFIG)
+    with pytest.raises(ValueError, match=r"mask: 6 slots, config\.length is 5; raise it"):
+        ads_jax.check(BATCH, replace(CONFIG, length=5))
+    nobody = replace(BATCH, mask=np.zeros_like(BATCH.mask))
+    ads_jax.check(nobody, CONFIG)
+    assert CONFIG.length % CONFIG.items != 0  # the oldest chunk is short in all tests here
+    assert np.isfinite(apply(drawn(CONFIG), nobody, CONFIG)).all()
+
+
+def test_imp_is_the_gain_over_what_chance_leaves():
+    assert imp(0.75, 0.75) == 0
+    assert imp(0.66, 0.65) == pytest.approx(100 * 0.01 / 0.15)
+    assert imp(0.5, 0.75) == -100
+    for auc, base, message in (
+        (0.7, 0.5, "base is 0.5, must be above"),
+        (1.2, 0.7, "auc is 1.2"),
+        (np.nan, 0.7, "nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            imp(auc, base)

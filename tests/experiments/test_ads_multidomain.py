@@ -1,0 +1,152 @@
+"""The comparison over domains: what models read, equal tuning, and the command in small."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import ads_multidomain, results, statistics
+from experiments.ads_multidomain_models import ATTENTIONS, MODELS, QUICK, AdsMultidomain, model_config, rivals
+from experiments.datasets import make_world
+from experiments.steps import multidomain
+from experiments.steps.problem import make_problem
+from rec_core import training
+from rec_core.ranking import ctr
+
+SETTINGS = AdsMultidomain(**QUICK | {"quick": True, "users": 30, "train_samples": 256, "test_samples": 100})
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory):
+    return make_problem(make_world(SETTINGS.world(0.4), tmp_path_factory.mktemp("world"), log=lambda _: None))
+
+
+@pytest.fixture(scope="module")
+def data(problem):
+    return multidomain.make_impressions(problem, name="w", train=256, test=100, length=8, width=4)
+
+
+def test_impressions_are_the_samples_with_what_is_strictly_older(problem, data):
+    samples, behaviors = problem.samples, problem.behaviors
+    known = {(u, i, t): row for row, (u, i, t) in enumerate(zip(samples.user, samples.item, samples.time))}
+    assert len(data.train) == 256 and len(data.test) > 50
+    columns = jax.tree.map(np.asarray, data.batch)
+    times = []
+    for n in range(0, len(data.label), 11):
+        own = [row for (u, i, _), row in known.items() if (u, i) == (data.user[n], columns.target["item"][n])]
+        own = [row for row in own if samples.end[row] - samples.start[row] == columns.context["activity"][n]]
+        row = own[0]  # the same item twice between two clicks: the same behaviours
+        older = np.arange(samples.start[row], samples.end[row])[-8:]
+        assert (behaviors.columns["time"][older] < samples.time[row]).all()
+        np.testing.assert_array_equal(columns.sequence["item"][n][columns.mask[n]], behaviors.columns["item"][older])
+        assert columns.context["domain"][n] in samples.domain[own]
+        times.append((n, samples.time[row]))
+    assert max(t for n, t in times if n < 256) < min(t for n, t in times if n in data.test)
+    assert data.settings["domains"] == problem.behaviors.sizes["domain"]
+
+
+def test_every_model_is_built_on_the_same_features(data):
+    for name in MODELS:
+        model, config = model_config(data, name, SETTINGS)
+        shapes = jax.eval_shape(lambda model=model, config=config: model.init(jax.random.key(0), config))
+        assert {"item", "category", "user", "domain", "activity"} <= shapes["tables"].keys()
+    for attention in ATTENTIONS:
+        assert set(rivals(attention)) <= MODELS.keys()
+        control, personal = (
+            model_config(data, f"{attention} + ADS{end}", SETTINGS)[1] for end in (", E_D constant", "")
+        )
+        assert control == replace(personal, constant=True)
+
+
+def test_runs_side_by_side_are_runs_alone_at_their_own_rate(data):
+    """A run's numbers are those of the plain step with its learning rate and seed, whoever runs beside it."""
+    _, config = model_config(data, "DNN", SETTINGS)
+    config = replace(config, hidden=(4,))
+    settings = training.TrainConfig(steps=3, decay="linear", warmup=1)
+    rates = np.array([1e-3, 1e-2])
+    share = {"model": ctr, "config": config, "settings": settings, "batch_size": 32}
+    params, losses, diverged = multidomain.train(data, np.array([0, 5]), rates, **share)
+    assert losses.shape == (3, 2) and (diverged == -1).all()
+    alone = replace(settings, learning_rate=1e-2, seed=5)
+    state, order = training.init_state(ctr, config, alone), np.random.default_rng([5, 7]).permutation(data.train)
+    step = jax.jit(lambda state, batch: training.advance(ctr, config, alone, state, batch))
+    for i in range(3):
+        rows = order[32 * i : 32 * i + 32]
+        state, found = step(state, jax.tree.map(lambda x, rows=rows: x[rows], data.batch))
+        np.testing.assert_allclose(losses[i, 1], found["loss"], rtol=1e-5)
+    for got, wanted in zip(jax.tree.leaves(params["net"]), jax.tree.leaves(state.params["net"])):
+        np.testing.assert_allclose(got[1], wanted, atol=2e-4)
+    logits = multidomain.scores(data, params, data.test, model=ctr, config=config)
+    part = jax.tree.map(lambda x: x[data.test[:7]], data.batch)
+    one = jax.tree.map(lambda x: x[1], params)
+    np.testing.assert_allclose(logits[1, :7], ctr.apply(one, part, config), rtol=1e-4, atol=1e-5)
+    spoilt = replace(data, batch=replace(data.batch, label=jnp.full_like(data.batch.label, jnp.nan)))
+    with pytest.raises(training.DivergedError, match="diverged at step 0"):
+        multidomain.tune_and_train(spoilt, ctr, config, settings, rates=(1e-3, 1e-2), seeds=2, batch_size=32)
+
+
+def test_imp_keeps_its_sign_and_zero():
+    difference = statistics.across_seeds(np.array([0.01, 0.03]))
+    imp = ads_multidomain.imp_of(difference, 0.7)
+    assert imp.mean == pytest.approx(100 * 0.02 / 0.2) and imp.low < 0 < imp.high and imp.contains_zero
+    assert imp.per_seed == pytest.approx((5.0, 15.0))
+
+
+NOISE = {"MHA": 0.4, "MHA + FRNet": 0.3, "DIN + ADS without PCRG": 0.3}  # others .5, those with ADS .1
+
+
+def test_all_models_are_compared_and_published(tmp_path, capsys, monkeypatch):
+    """The command with the training replaced: logits of the true probability with each model's noise."""
+    calls = []
+
+    def trained(data, model, config, settings, *, rates, seeds, batch_size):
+        name = next(n for n in MODELS if model_config(data, n, quick)[1] == config)
+        calls.append((data.name, name))
+        draw, level = np.random.default_rng(len(calls)), NOISE.get(name, 0.1 if "ADS" in name else 0.5)
+        truth = np.log(data.probability / (1 - data.probability))
+        valid, test = (truth[i] + level * draw.normal(size=(seeds, len(i))) for i in (data.valid, data.test))
+        trials = np.linspace(0.5, 0.6, len(rates))
+        return multidomain.Tuned(np.asarray(rates), trials, np.ones((3, seeds)), valid, test)
+
+    monkeypatch.setattr(multidomain, "tune_and_train", trained)
+    quick = AdsMultidomain(**QUICK | {"quick": True, "out": tmp_path})
+    made = ads_multidomain.run(replace(quick, only=tuple(MODELS)))
+    assert results.read(tmp_path / "result.json") == made
+    figures = made.figures
+    for key in ("din", "mha", "can"):
+        assert figures[f"{key}_imp_low"] <= figures[f"{key}_imp"] <= figures[f"{key}_imp_high"]
+        assert np.sign(figures[f"{key}_imp"]) == np.sign(figures[f"{key}_auc_difference"])
+        assert f"{key}_over_constant_domain_imp" in figures and f"{key}_over_dnn_imp" in figures
+    assert figures["gain_at_zero_domain_dial_low"] <= figures["gain_at_zero_domain_dial"]
+    assert 0.5 < figures["oracle_auc"] < 1
+    base = {row["base"] for row in made.rows if row.get("comparison") == "mha" and row["data"] == "world, domain 0.4"}
+    assert base <= set(rivals("MHA")) and len(base) == 1
+    rows = [row for row in made.rows if row.get("model") == "MHA + ADS" and row["data"] == "world, domain 0.4"]
+    assert {row["learning_rate"] for row in rows if "seed" in row} == {max(QUICK["rates"])}
+    assert len({row["test_auc"] for row in rows if "seed" in row}) == 2, "two seeds gave one number"
+    domains = [row for row in rows if "domain" in row]
+    assert domains[-1]["domain"] == "all" and len(domains) > 2
+    assert "Gain along the domain dial" in (tmp_path / "report.html").read_text()
+    assert "MHA + ADS - MHA" in capsys.readouterr().out
+    assert calls == [(f"world, domain {dial}", name) for dial in ("0", "0.4") for name in MODELS]
+    assert (
+        ads_multidomain.run(replace(quick, only=("DNN", "MHA", "MHA + ADS"))).figures["mha_over_dnn_imp"]
+        == (figures["mha_over_dnn_imp"])
+    )
+    assert len(calls) == 2 * len(MODELS), "what was done is not done again"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"only": ("FM",)}, r"only=\['FM'\]: there is no such model; there are 'MLR'"),
+        ({"rates": ()}, "at least one learning rate"),
+        ({"main": 0.5}, r"main=0\.5 must be one of dials"),
+        ({"seeds": 0}, "seeds=0 must be at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AdsMultidomain(**settings)
