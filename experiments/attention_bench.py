@@ -90,6 +90,23 @@ def run(config: AttentionBench) -> results.Result:
     top = ceilings(dtype, config.repeats, small=small)
     print(f"{dtype}: matrix product {top.tflops:.4g} TFLOP/s, copy {top.gb_per_s:.4g} GB/s", flush=True)
     rows: list[Row] = []
+    order = {(case.name, direction): i for i, (case, direction) in enumerate(passes(chosen))}
+    ceiling_rows: list[Row] = [
+        {"case": "ceiling", "implementation": "matrix product", "tflops": top.tflops, "dtype": dtype},
+        {"case": "ceiling", "implementation": "copy", "gb_per_s": top.gb_per_s, "dtype": dtype},
+    ]
+
+    def publish() -> results.Result:
+        """What is known so far: a run that is cut short keeps what it has measured."""
+        rows.sort(key=lambda row: order[row["case"], row["direction"]])
+        found = attention_report.summarize(rows, small=small)
+        outcome = results.record(
+            "attention_bench", started=started, seeds=[config.seed], rows=ceiling_rows + rows, figures=found
+        )
+        results.write(config.out / "result.json", outcome)
+        report.write(config.out / "report.html", attention_report.page(outcome, rows, chosen, top))
+        return outcome
+
     with ExitStack() as stack:
         others: list[Child] = []
         if config.rivals and config.torch:
@@ -107,21 +124,11 @@ def run(config: AttentionBench) -> results.Result:
         for case in chosen:
             own = [(job, future) for job, future in compiled if job.case == case]
             rows += _shown(_measure_case(case, own, dtype, config, top))
+            publish()
         for child in others:
             rows += _shown(_from_child(child, chosen, dtype, top))
-    order = {(case.name, direction): i for i, (case, direction) in enumerate(passes(chosen))}
-    rows.sort(key=lambda row: order[row["case"], row["direction"]])
-    found = attention_report.summarize(rows, small=small)
-    ceiling_rows: list[Row] = [
-        {"case": "ceiling", "implementation": "matrix product", "tflops": top.tflops, "dtype": dtype},
-        {"case": "ceiling", "implementation": "copy", "gb_per_s": top.gb_per_s, "dtype": dtype},
-    ]
-    outcome = results.record(
-        "attention_bench", started=started, seeds=[config.seed], rows=ceiling_rows + rows, figures=found
-    )
-    results.write(config.out / "result.json", outcome)
-    report.write(config.out / "report.html", attention_report.page(outcome, rows, chosen, top))
-    attention_report.show(rows, found)
+    outcome = publish()
+    attention_report.show(rows, outcome.figures)
     print(f"report: {config.out / 'report.html'}   result: {config.out / 'result.json'}   {outcome.seconds:.0f} s")
     return outcome
 

@@ -50,9 +50,6 @@ class Implementation:
 # In the order in which `implementation=None` tries them; kernels for one device stand before "xla".
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "mosaic_gpu": Implementation(mosaic_gpu.supports, mosaic_gpu.range_attention_mosaic_gpu, opaque=True),
-    "mosaic_gpu_deterministic": Implementation(
-        mosaic_gpu.supports, mosaic_gpu.range_attention_mosaic_gpu_deterministic, opaque=True
-    ),
     "mosaic_tpu": Implementation(mosaic_tpu.supports, mosaic_tpu.range_attention_tpu, opaque=True),
     "xla": Implementation(lambda call: None, range_attention_xla),
     "reference": Implementation(lambda call: None, range_attention_reference),
@@ -64,8 +61,7 @@ def choose(call: Call, name: str | None = None) -> str:
 
     The rule for ``name=None``: the first of ``IMPLEMENTATIONS`` that supports the call: the kernel of the device if
     there is one for its shapes and dtype, then "xla", which takes every call. "reference" only runs when it is named:
-    "xla" was at least as fast at every shape measured, the smallest included. So does "mosaic_gpu_deterministic", whose
-    gradients are equal bits for equal inputs; those of "mosaic_gpu" at head width 64 are summed in no fixed order.
+    "xla" was at least as fast at every shape measured, the smallest included.
 
     Raises:
       ValueError: an unknown name, or a named implementation that cannot serve, with its reason.

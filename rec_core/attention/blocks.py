@@ -38,15 +38,12 @@ class Backward(NamedTuple):
     """Backward pass: tiles of ``rows_groups`` and ``keys_groups`` warpgroups of 64 rows or keys each.
 
     Attributes:
-      one_pass: dq is summed on the way of dk and dv, in no fixed order; else it is a kernel of its own, and equal
-        inputs give equal bits. Head widths above 128 always take the latter.
       keys_groups, keys_stages: warpgroups of the kernel that walks by keys, and its blocks of 64 rows in shared memory.
       keys_tiles: its tiles of keys in shared memory; 2 load the next tile during this one.
       rows_block_k, rows_groups, rows_stages: keys of a block, warpgroups and blocks of the kernel that makes dq alone.
       rows_tiles: its tiles of rows in shared memory; 2 load the next tile during this one.
     """
 
-    one_pass: bool = False
     keys_groups: int = 2
     keys_stages: int = 2
     keys_tiles: int = 1
@@ -89,9 +86,8 @@ FORWARD_CANDIDATES: dict[int, tuple[Forward, ...]] = {
 BACKWARD_CANDIDATES: dict[int, tuple[Backward, ...]] = {
     64: (
         Backward(keys_groups=3, keys_stages=3, keys_tiles=2, rows_groups=3, rows_stages=3, rows_tiles=2),
-        Backward(one_pass=True, keys_tiles=2),
-        Backward(one_pass=True, keys_tiles=2, keys_stages=3),
-        Backward(one_pass=True),
+        Backward(keys_stages=3, keys_tiles=2, rows_stages=3, rows_tiles=2),
+        Backward(keys_groups=3, keys_stages=3, keys_tiles=2, rows_stages=3, rows_tiles=2),
         Backward(keys_tiles=2, rows_tiles=2),
         Backward(rows_groups=3, keys_groups=3),
         Backward(rows_block_k=128, keys_tiles=2, rows_tiles=2),
@@ -99,7 +95,6 @@ BACKWARD_CANDIDATES: dict[int, tuple[Backward, ...]] = {
     128: (
         Backward(rows_tiles=2),
         Backward(keys_tiles=2, rows_tiles=2),
-        Backward(one_pass=True),
         Backward(keys_stages=3, rows_stages=3),
     ),
     256: (Backward(keys_stages=1, rows_stages=1),),
@@ -167,13 +162,10 @@ def shared_memory(blocks: Forward, head_width: int) -> int:
 
 def backward_shared_memory(blocks: Backward, head_width: int) -> dict[str, int]:
     """Bytes of shared memory that the kernels of the backward pass take, by what they walk by ("keys", "rows")."""
-    one_pass = blocks.one_pass and head_width <= 128
     tile, block = blocks.keys_groups * KEYS, blocks.keys_stages * BLOCK_Q
     vectors = block * 2 * 4
     keys = [blocks.keys_tiles * tile * head_width * 2] * 2 + [block * head_width * 2] * 2 + [tile * CHUNK * 2]
     keys += [vectors, vectors, blocks.keys_tiles * ENTRIES * 4]
-    if one_pass:
-        return {"keys": _together([*keys, 2 * tile * BLOCK_Q * 2, tile * CHUNK * 4])}
     tile, block = blocks.rows_tiles * blocks.rows_groups * BLOCK_Q, blocks.rows_stages * blocks.rows_block_k
     rows = [tile * head_width * 2] * 2 + [block * head_width * 2] * 2 + [blocks.rows_groups * BLOCK_Q * CHUNK * 2]
     return {"keys": _together(keys), "rows": _together([*rows, *[tile * 4] * 4, blocks.rows_tiles * ENTRIES * 4])}
@@ -198,13 +190,12 @@ def check_forward(blocks: Forward, head_width: int) -> None:
 
 def check_backward(blocks: Backward, head_width: int) -> None:
     """Raises ValueError for blocks that the kernels of the backward pass cannot have, with the reason."""
-    counts = blocks._asdict() | {"one_pass": 1}
-    if min(counts.values()) < 1 or max(blocks.keys_groups, blocks.rows_groups) > 3 or blocks.rows_block_k % 64:
+    if min(blocks) < 1 or max(blocks.keys_groups, blocks.rows_groups) > 3 or blocks.rows_block_k % 64:
         raise ValueError(f"{blocks}: counts are 1 or more, groups at most 3, rows_block_k a multiple of 64")
-    keys = blocks.keys_groups + 2 + blocks.keys_tiles + 2 * blocks.keys_stages + 2
+    keys = blocks.keys_groups + 2 + blocks.keys_tiles + 2 * blocks.keys_stages
     if max(keys, blocks.rows_groups + 2 + blocks.rows_tiles + blocks.rows_stages) > NAMED_BARRIERS:
         raise ValueError(
-            f"{blocks}: keys_groups + keys_tiles + 2 keys_stages is at most {NAMED_BARRIERS - 4} and rows_groups + "
+            f"{blocks}: keys_groups + keys_tiles + 2 keys_stages is at most {NAMED_BARRIERS - 2} and rows_groups + "
             f"rows_tiles + rows_stages at most {NAMED_BARRIERS - 2}, as there are {NAMED_BARRIERS} named barriers"
         )
     for walk, needed in backward_shared_memory(blocks, head_width).items():

@@ -81,8 +81,9 @@ def range_attention_mosaic_gpu(
     """The same function as ``range_attention_reference``, differentiable once in q, k, v, k_self and v_self.
 
     Softmax statistics and accumulators are float32; matrix products take their operands, the weights among them, in
-    the dtype of the inputs. Any T and S, zero included. Where ``k_self is k`` and ``v_self is v`` the rows' own keys
-    are read with their blocks of k; a row whose range holds itself, which it must not, then counts itself once.
+    the dtype of the inputs. Any T and S, zero included. Equal inputs give equal bits, gradients too. Where ``k_self is
+    k`` and ``v_self is v`` the rows' own keys are read with their blocks of k; a row whose range holds itself, which it
+    must not, then counts itself once.
 
     Args:
       forward, backward: blocks of the two passes; from the table of this device when None.
@@ -136,14 +137,6 @@ def _whole_tiles(x: Array) -> Array:
     if x.shape[1] < TILED or x.shape[1] % TILED == 0:
         return x
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % TILED)] + [(0, 0)] * (x.ndim - 2))
-
-
-def range_attention_mosaic_gpu_deterministic(
-    q: Float[Array, "B T H D"], *arrays: Any, backward: Backward | None = None, **options: Any
-) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
-    """``range_attention_mosaic_gpu`` whose gradients have one writer each: equal inputs give equal bits."""
-    blocks = backward or backward_blocks(jax.devices()[0].device_kind, q.shape[-1], q.shape[1])
-    return range_attention_mosaic_gpu(q, *arrays, backward=blocks._replace(one_pass=False), **options)
 
 
 def split_number(items: int, keys: int, programs: int, blocks: Forward) -> int:

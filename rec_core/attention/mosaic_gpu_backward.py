@@ -1,9 +1,9 @@
 """The backward pass of the GPU kernels: what they need made ready, which of them run, and the rows' own keys.
 
-Two ways, by ``Backward.one_pass``. Two kernels: dq by rows and dk, dv by keys, seven matrix products a block, every
-output with one writer, so that equal inputs give equal bits. One kernel: five products, dq summed in float32 in global
-memory by the copy engine as programs come to it, in no fixed order (FlashAttention-2, Dao, arXiv:2307.08691).
-Both recompute the weights from the log-sum-exp, with ``delta = rowsum(dO * O) - d lse``.
+Two kernels: dq by rows and dk, dv by keys, seven matrix products a block, every output with one writer, so that equal
+inputs give equal bits. Both recompute the weights from the log-sum-exp, with ``delta = rowsum(dO * O) - d lse``
+(FlashAttention-2, Dao, arXiv:2307.08691, which sums dq on the way of dk and dv in no fixed order: five products, and
+measured to be no faster here, see NOTES.md).
 """
 
 from typing import Any
@@ -75,19 +75,16 @@ def backward(
     ranges = jnp.stack([in_blocks(start, 0), in_blocks(jnp.maximum(end - start, 0), 0)], axis=-2)
     planned = plan_keys(start, end, keys, blocks.keys_groups, among)
     by_keys: Any = (q, k, v, d_out, statistics, ranges, planned)
-    if blocks.one_pass and width <= 128:
-        d_q, d_k, d_v = backward_keys(*by_keys, gradients=("dq", "dk", "dv"), **common)
-    else:
-        tile = Forward(block_k=blocks.rows_block_k, groups=blocks.rows_groups)
-        by_rows = plan(start, end, keys, tile, among)
-        edge = [(0, 0), (0, 0), (0, by_rows.start.shape[1] - rows)]
-        padded = jnp.pad(log2_norm, edge, constant_values=FAR), jnp.pad(delta, edge)
-        d_q = backward_rows(q, k, v, d_out, *padded, by_rows, **common)
-        if width <= 128:
-            d_k, d_v = backward_keys(*by_keys, gradients=("dk", "dv"), **common)
-        else:  # both accumulators of a wider head do not fit in registers
-            (d_k,) = backward_keys(*by_keys, gradients=("dk",), **common)
-            (d_v,) = backward_keys(*by_keys, gradients=("dv",), **common)
+    tile = Forward(block_k=blocks.rows_block_k, groups=blocks.rows_groups)
+    by_rows = plan(start, end, keys, tile, among)
+    edge = [(0, 0), (0, 0), (0, by_rows.start.shape[1] - rows)]
+    padded = jnp.pad(log2_norm, edge, constant_values=FAR), jnp.pad(delta, edge)
+    d_q = backward_rows(q, k, v, d_out, *padded, by_rows, **common)
+    if width <= 128:
+        d_k, d_v = backward_keys(*by_keys, gradients=("dk", "dv"), **common)
+    else:  # both accumulators of a wider head do not fit in registers
+        (d_k,) = backward_keys(*by_keys, gradients=("dk",), **common)
+        (d_v,) = backward_keys(*by_keys, gradients=("dv",), **common)
     if own != "separate" or k_self is None or v_self is None:
         return d_q, d_k, d_v, None, None
     d_q_own, d_k_self, d_v_self = _own(q, k_self, v_self, lse, delta, d_out, scale)

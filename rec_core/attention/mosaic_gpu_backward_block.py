@@ -1,10 +1,7 @@
 """A block of 64 rows under a tile of keys: what the kernel that walks by keys does with it, and what it works on.
 
 All is transposed, so that what is computed is at hand as the left operand of the next product: ``S^T = K Q^T``,
-``dP^T = V dO^T``, ``dV += P^T dO``, ``dK += dS^T Q``. Where dq is wanted too, dS goes through shared memory, and the
-product with the tile's keys is issued between those two, as in FlashAttention-3 (Shah et al., arXiv:2407.08608): dV
-runs while the warpgroups wait for each other's dS, and dq leaves through the copy engine, which adds it to what is in
-global memory, while dK runs.
+``dP^T = V dO^T``, ``dV += P^T dO``, ``dK += dS^T Q``.
 """
 
 import functools
@@ -20,12 +17,10 @@ from jaxtyping import Array
 from rec_core.attention.blocks import KEYS, Backward
 from rec_core.attention.mosaic_gpu_common import (
     BLOCK_Q,
-    CHUNK,
     COLUMN,
     LOG2_E,
     WGMMA,
     accumulate,
-    fence_smem,
     hold,
     named_barrier,
     over_rows,
@@ -48,19 +43,6 @@ class Call(NamedTuple):
     own: str
     dtype: Any
     interpret: bool
-
-    @property
-    def with_q(self) -> bool:
-        return "dq" in self.gradients
-
-    @property
-    def by_columns(self) -> bool:
-        """Whether each warpgroup makes its columns of dq; else they make blocks of it in turn."""
-        return self.width % (CHUNK * self.blocks.keys_groups) == 0
-
-    @property
-    def dq_columns(self) -> int:
-        return self.width // self.blocks.keys_groups if self.by_columns else self.width
 
 
 class Refs(NamedTuple):
@@ -86,9 +68,6 @@ class Refs(NamedTuple):
     kv_full: Any
     q_full: Any
     do_full: Any
-    ds_block: Any = None
-    dq_block: Any = None
-    ds_full: Any = None
     kv_free: Any = None
     q_free: Any = None
     do_free: Any = None
@@ -111,13 +90,10 @@ class Tile(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A block of rows under a query head of a tile."""
+    """A block of rows: where it lies in shared memory, and its number."""
 
-    at: Array  # place among all blocks of the program
     slot: Array
-    parity: Array
     block: Array
-    head: Array
 
 
 @dataclass(frozen=True)
@@ -130,33 +106,29 @@ class Program:
     number: Any
 
     def arrive(self, kind: str, index: Any = 0) -> None:
-        """Says that a buffer ("kv", "q", "do") is free, or this warpgroup's dS of that parity written ("ds")."""
+        """Says that a buffer ("kv", "q", "do") is free."""
         if self.call.interpret:
             plgpu.barrier_arrive(self._barrier(kind).at[index])
         else:
             named_barrier("arrive", *self._named(kind, index))
 
     def wait(self, kind: str, index: Any = 0) -> None:
-        """Waits for ``arrive``. Who waits for "ds" says at once that its own is written."""
+        """Waits for ``arrive``."""
         if self.call.interpret:
-            if kind == "ds":
-                self.arrive(kind, index)
             plgpu.barrier_wait(self._barrier(kind).at[index])
         else:
             named_barrier("sync", *self._named(kind, index))
 
     def _barrier(self, kind: str) -> Any:
         refs = self.refs
-        return {"kv": refs.kv_free, "q": refs.q_free, "do": refs.do_free, "ds": refs.ds_full}[kind]
+        return {"kv": refs.kv_free, "q": refs.q_free, "do": refs.do_free}[kind]
 
     def _named(self, kind: str, index: Any) -> tuple[Any, int]:
         blocks = self.call.blocks
         first = {"kv": blocks.keys_groups + 2}  # 0 is the program's, 1 .. groups + 1 are the warpgroups' own
         first["q"] = first["kv"] + blocks.keys_tiles
         first["do"] = first["q"] + blocks.keys_stages
-        first["ds"] = first["do"] + blocks.keys_stages
-        threads = 128 * (blocks.keys_groups + (kind != "ds"))
-        return jnp.int32(first[kind]) + index, threads
+        return jnp.int32(first[kind]) + index, 128 * (blocks.keys_groups + 1)
 
     def walk(self) -> tuple[Any, Any]:
         """The program's items by place, and how many they are. Made anew where it is used, to take no register."""
@@ -170,19 +142,10 @@ class Program:
 
 
 def add_block(p: Program, x: Tile, s: Step, mask: bool, sums: dict[str, Array]) -> dict[str, Array]:
-    """What a block of rows adds to ``sums``, and to dq."""
+    """``sums`` with what a block of rows adds to them."""
     call, refs = p.call, p.refs
     plgpu.barrier_wait(refs.q_full.at[s.slot])
     weight, ds = _weights(p, x, s, mask)
-    if call.with_q:
-        # Two of them in turn: a block's dS is written while that of the block before may be read.
-        refs.ds_block[s.parity, p.warpgroup] = ds
-        fence_smem(call.interpret)
-        whose = lax.rem(s.at, jnp.int32(call.blocks.keys_groups))
-        if call.by_columns:
-            return _products_with_q(p, x, s, weight, ds, sums, True)
-        products = [functools.partial(_products_with_q, p, x, s, weight, ds, sums, mine) for mine in (True, False)]
-        return lax.cond(whose == p.warpgroup, *products)
     if len(sums) == 2 and not call.interpret:
         return _products(p, s, weight, ds, sums)
     sums = dict(sums)
@@ -261,80 +224,3 @@ def _products(p: Program, s: Step, weight: Array, ds: Array, sums: dict[str, Arr
     made = pl.run_scoped(into_dv, wide)
     p.arrive("q", s.slot)
     return made
-
-
-def _products_with_q(
-    p: Program, x: Tile, s: Step, weight: Array, ds: Array, sums: dict[str, Array], mine: bool
-) -> dict[str, Array]:
-    """``_products``, and between them the block's dq if it is this warpgroup's to make."""
-    call, refs, groups = p.call, p.refs, p.call.blocks.keys_groups
-    wide = plgpu.ACC((KEYS, call.width), jnp.float32)
-
-    def meet() -> None:
-        # Of two that take turns, the one whose turn comes next holds the other up then, and no sooner.
-        (p.wait if mine or groups != 2 else p.arrive)("ds", s.parity)
-
-    def issue_dq(dq_ref: Any) -> None:
-        for g in range(groups):
-            keys = refs.k_tile.at[x.stage, g]
-            if call.by_columns:
-                keys = refs.k_tile.at[x.stage, g, :, pl.ds(p.warpgroup * call.dq_columns, call.dq_columns)]
-            plgpu.wgmma(dq_ref, refs.ds_block.at[s.parity, g].transpose((1, 0)), keys)
-
-    def into_dv(dv_ref: Any) -> Any:
-        wgmma_accumulator_store(dv_ref, sums["dv"])
-        plgpu.wgmma(dv_ref, weight, refs.do_block.at[s.slot])
-        meet()
-        if not mine:
-            return pl.run_scoped(functools.partial(into_dk, dv_ref, None), wide)
-        return pl.run_scoped(functools.partial(into_dq, dv_ref), plgpu.ACC((BLOCK_Q, call.dq_columns), jnp.float32))
-
-    def into_dq(dv_ref: Any, dq_ref: Any) -> Any:
-        issue_dq(dq_ref)
-        return pl.run_scoped(functools.partial(into_dk, dv_ref, dq_ref), wide)
-
-    def into_dk(dv_ref: Any, dq_ref: Any, dk_ref: Any) -> Any:
-        products = groups if mine else 0
-        dv = plgpu.wgmma_accumulator_load(dv_ref, wait_n=products) if mine else None
-        if mine:
-            p.arrive("do", s.slot)
-        wgmma_accumulator_store(dk_ref, sums["dk"])
-        plgpu.wgmma(dk_ref, ds, refs.q_block.at[s.slot])
-        if mine:
-            _add_to_dq(p, x, s, plgpu.wgmma_accumulator_load(dq_ref, wait_n=1))
-        else:
-            dv = plgpu.wgmma_accumulator_load(dv_ref, wait_n=1)
-            p.arrive("do", s.slot)
-        return {"dk": plgpu.wgmma_accumulator_load(dk_ref, wait_n=0), "dv": dv}
-
-    if call.interpret:
-        dv = accumulate(sums["dv"], weight, refs.do_block.at[s.slot], True)
-        p.arrive("do", s.slot)
-        meet()
-        if mine:
-
-            def dq(ref: Any) -> Array:
-                issue_dq(ref)
-                return plgpu.wgmma_accumulator_load(ref, wait_n=0)
-
-            _add_to_dq(p, x, s, pl.run_scoped(dq, plgpu.ACC((BLOCK_Q, call.dq_columns), jnp.float32)))
-        made = {"dk": accumulate(sums["dk"], ds, refs.q_block.at[s.slot], True), "dv": dv}
-    else:
-        made = pl.run_scoped(into_dv, wide)
-    p.arrive("q", s.slot)
-    return made
-
-
-def _add_to_dq(p: Program, x: Tile, s: Step, dq: Array) -> None:
-    """Adds a block's dq, but for the scale, to what is in global memory."""
-    call, refs = p.call, p.refs
-    for at in range(0, call.dq_columns, CHUNK):
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        refs.dq_block[p.warpgroup] = dq if call.dq_columns == CHUNK else dq[:, at : at + CHUNK]
-        plgpu.commit_smem()
-        columns = pl.ds((p.warpgroup * call.dq_columns if call.by_columns else 0) + at, CHUNK)
-        place = (x.example, pl.ds(s.block * BLOCK_Q, BLOCK_Q), s.head, columns)
-        if call.interpret:  # which cannot add: a place for each tile, summed outside
-            plgpu.copy_smem_to_gmem(refs.dq_block.at[p.warpgroup], refs.made["dq"].at[x.number, *place])
-        else:
-            plgpu.copy_smem_to_gmem(refs.dq_block.at[p.warpgroup], refs.made["dq"].at[place], reduction_op="add")

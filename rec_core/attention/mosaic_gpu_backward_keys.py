@@ -1,4 +1,4 @@
-"""dk and dv of range attention on Hopper, and on the way dq: tiles of keys against the rows that see them.
+"""dk and dv of range attention on Hopper: tiles of keys against the rows that see them.
 
 A tile is ``keys_groups`` warpgroups of 64 keys; rows come in blocks of 64, of which ``mosaic_gpu_backward_block`` says
 what is done with each. The grid is that of the forward kernel.
@@ -7,7 +7,6 @@ what is done with each. The grid is that of the forward kernel.
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -98,17 +97,14 @@ def _compute(p: Program) -> None:
 
         def step(mask: bool, head: Any, number: Any, sums: dict[str, Array]) -> dict[str, Array]:
             at = x.before + head * x.total + number
-            place = Step(at, p.slot(at), lax.rem(at, jnp.int32(2)), x.first + number, x.kv_head * call.group + head)
-            return add_block(p, x, place, mask, sums)
+            return add_block(p, x, Step(p.slot(at), x.first + number), mask, sums)
 
         def one_head(head: Any, sums: dict[str, Array]) -> dict[str, Array]:
-            # All warpgroups go through all blocks where they need each other's dS.
-            first, last = (jnp.int32(0), x.total) if call.with_q else (x.walk_first, x.walk_last)
-            pass_by(head, jnp.int32(0), first)
-            sums = lax.fori_loop(first, x.plain_first, functools.partial(step, True, head), sums)
+            pass_by(head, jnp.int32(0), x.walk_first)
+            sums = lax.fori_loop(x.walk_first, x.plain_first, functools.partial(step, True, head), sums)
             sums = lax.fori_loop(x.plain_first, x.plain_last, functools.partial(step, False, head), sums)
-            sums = lax.fori_loop(x.plain_last, last, functools.partial(step, True, head), sums)
-            pass_by(head, last, x.total)
+            sums = lax.fori_loop(x.plain_last, x.walk_last, functools.partial(step, True, head), sums)
+            pass_by(head, x.walk_last, x.total)
             return sums
 
         zero = plgpu.layout_cast(jnp.zeros((KEYS, call.width), jnp.float32), WGMMA)
@@ -168,7 +164,7 @@ def backward_keys(
     programs: int,
     interpret: bool,
 ) -> tuple[Array, ...]:
-    """The ``gradients`` asked for, of "dq", "dk", "dv" in this order; "dq" comes with both others.
+    """The ``gradients`` asked for, of "dk" and "dv" in this order.
 
     Args:
       statistics: of each row the log-sum-exp in base 2 and ``delta``. ranges: of each row its start and number of keys.
@@ -181,22 +177,15 @@ def backward_keys(
         blocks, gradients, width, kv_heads, q.shape[2] // kv_heads, items, programs, scale, own, q.dtype, interpret
     )
     inputs = (q, d_out, k, v, statistics, ranges, *planned)
-    outputs: dict[str, Any] = {name: like(k, k.shape, q.dtype) for name in ("dk", "dv") if name in gradients}
-    given: dict[str, Any] = {}
-    if call.with_q and interpret:
-        tiles = -(-k.shape[1] // (KEYS * blocks.keys_groups))
-        outputs = {"dq": like(q, (tiles, *q.shape), jnp.float32)} | outputs
-    elif call.with_q:
-        given = {"dq": jax.new_ref(jnp.zeros(q.shape, jnp.float32))}
 
     def body(*refs: Any) -> None:
-        operands, places = refs[: len(inputs)], dict(zip([*given, *outputs], refs[len(inputs) :]))
+        operands, places = refs[: len(inputs)], dict(zip(gradients, refs[len(inputs) :]))
         run = functools.partial(_kernel, call, *operands, places)
         pl.run_scoped(run, collective_axes="warpgroup", **_scratch(call))
 
-    made = pl.kernel(
+    made: tuple[Array, ...] = pl.kernel(
         body,
-        out_type=list(outputs.values()),
+        out_type=[like(k, k.shape, q.dtype) for _ in gradients],
         mesh=plgpu.Mesh(
             grid=(programs,),
             grid_names=("program",),
@@ -205,14 +194,8 @@ def backward_keys(
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         name="range_attention_" + "_".join(gradients),
-    )(*inputs, *given.values())
-    found = dict(zip(outputs, made))
-    if call.with_q and interpret:
-        # A tile writes the rows that it meets; the others are not a number here.
-        found["dq"] = (jnp.sum(jnp.nan_to_num(found["dq"]), axis=0) * scale).astype(q.dtype)
-    elif call.with_q:
-        found["dq"] = (jax.freeze(given["dq"]) * scale).astype(q.dtype)
-    return tuple(found[name] for name in gradients)
+    )(*inputs)
+    return tuple(made)
 
 
 def _scratch(call: Call) -> dict[str, Any]:
@@ -232,10 +215,7 @@ def _scratch(call: Call) -> dict[str, Any]:
         "q_full": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
         "do_full": plgpu.Barrier(num_barriers=stages),
     }
-    if call.with_q:
-        scratch["ds_block"] = operand(call.dtype, 2, groups, KEYS, BLOCK_Q)
-        scratch["dq_block"] = operand(jnp.float32, groups, BLOCK_Q, CHUNK)
     if call.interpret:
-        free = {"kv_free": tiles, "q_free": stages, "do_free": stages} | ({"ds_full": 2} if call.with_q else {})
+        free = {"kv_free": tiles, "q_free": stages, "do_free": stages}
         scratch |= {name: plgpu.Barrier(num_arrivals=groups, num_barriers=number) for name, number in free.items()}
     return scratch

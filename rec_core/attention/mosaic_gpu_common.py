@@ -42,19 +42,6 @@ def named_barrier(operation: str, number: Any, threads: int) -> None:
     barrier(number)
 
 
-def fence_smem(interpret: bool) -> None:
-    """Shows what this thread wrote to shared memory to matrix products and copies; a barrier of the threads follows."""
-    if interpret:
-        plgpu.commit_smem()
-        return
-
-    @plgpu.inline_mgpu()
-    def fence(_: Any) -> None:
-        mgpu.utils.inline_ptx("fence.proxy.async.shared::cta;")
-
-    fence()
-
-
 def hold(x: Array, never: Any, barrier: Any) -> Array:
     """``x``, behind a branch that is ``never`` taken, which the compiler cannot know.
 

@@ -23,10 +23,10 @@ def test_every_result_has_the_form_and_came_from_a_commit(path):
     assert not re.search(r"(^|\s)(/|\.\./)", result.command), f"{result.command}: a path of one machine only"
 
 
-def test_the_example_of_the_readme_runs():
+def test_the_examples_of_the_readme_run():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert blocks
+    names: dict = {}
     for block in blocks:
-        names: dict = {}
         exec(block, names)
     assert names["answers"].shape[1:] == (2, names["config"].width)
+    assert names["interest"].shape == names["item"].shape

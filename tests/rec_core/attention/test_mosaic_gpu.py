@@ -417,8 +417,8 @@ def test_what_cannot_be_served_is_refused_with_its_reason(monkeypatch):
         ({"width": 256}, {"forward": Forward()}, "bytes of shared memory, of which there are 232448"),
         ({}, {"backward": Backward(keys_groups=4)}, "groups at most 3"),
         ({}, {"backward": Backward(rows_tiles=0)}, "counts are 1 or more"),
-        ({}, {"backward": Backward(keys_stages=5)}, "keys_groups \\+ keys_tiles \\+ 2 keys_stages is at most 12"),
-        ({"width": 128}, {"backward": Backward(one_pass=True, keys_tiles=2)}, "give fewer keys_tiles or keys_stages"),
+        ({}, {"backward": Backward(keys_stages=6)}, "keys_groups \\+ keys_tiles \\+ 2 keys_stages is at most 14"),
+        ({"width": 128}, {"backward": Backward(keys_tiles=2, keys_stages=3)}, "give fewer keys_tiles or keys_stages"),
         ({"width": 256}, {"backward": Backward(keys_stages=1)}, "give fewer rows_tiles or rows_stages"),
     ],
 )

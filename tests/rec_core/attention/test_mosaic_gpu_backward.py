@@ -1,4 +1,4 @@
-"""Gradients of the GPU kernels on a CPU: each way of making them in interpret mode, races included; their plan."""
+"""Gradients of the GPU kernels on a CPU: in interpret mode, races included; their plan."""
 
 import functools
 
@@ -9,12 +9,12 @@ import pytest
 from gpu_kernels import arrays, error, exact, interpreted
 
 from rec_core.attention import ranges_from_segments
-from rec_core.attention.blocks import BACKWARD_CANDIDATES, BLOCK_Q, KEYS, Backward, Forward, backward_blocks
-from rec_core.attention.mosaic_gpu import range_attention_mosaic_gpu, range_attention_mosaic_gpu_deterministic
+from rec_core.attention.blocks import BACKWARD_CANDIDATES, BLOCK_Q, KEYS, Backward, Forward
+from rec_core.attention.mosaic_gpu import range_attention_mosaic_gpu
 from rec_core.attention.mosaic_gpu_plan import HEAD, PER_GROUP, plan_keys
 from rec_core.attention.reference import range_attention_reference
 
-TWO_KERNELS, ONE_PASS = Backward(keys_tiles=2, rows_tiles=2), Backward(one_pass=True, keys_tiles=2)
+TILES, PLAIN = Backward(keys_tiles=2, rows_tiles=2), Backward()
 WIDE = BACKWARD_CANDIDATES[256][0]
 # A long user, one of a single token, queries without a prefix, more queries than prefix, padding; then one user alone.
 IDS = np.array([np.repeat([1, 2, 3, 4, 0], [120, 1, 9, 40, 30]), np.repeat([1], 200)], np.int32)
@@ -38,14 +38,14 @@ def gradients(function, own, data, start, end):
 @pytest.mark.parametrize(
     ("backward", "own", "sizes"),
     [
-        (ONE_PASS, "same", {"batch": 2, "heads": 2, "dtype": jnp.float16}),
-        (TWO_KERNELS, "same", {"batch": 2, "heads": 2}),
-        (Backward(one_pass=True), "none", {"rows": 100, "keys": 130, "width": 128}),
-        (TWO_KERNELS, "separate", {"rows": 70, "keys": 300, "heads": 2, "kv_heads": 2, "width": 128}),
+        (BACKWARD_CANDIDATES[64][0], "same", {"batch": 2, "heads": 2, "dtype": jnp.float16}),
+        (TILES, "same", {"batch": 2, "heads": 2}),
+        (PLAIN, "none", {"rows": 100, "keys": 130, "width": 128}),
+        (TILES, "separate", {"rows": 70, "keys": 300, "heads": 2, "kv_heads": 2, "width": 128}),
         (WIDE, "same", {"batch": 2, "width": 256}),
         (Backward(rows_groups=3, keys_groups=3, rows_block_k=128), "none", {"rows": 210, "keys": 200}),
     ],
-    ids=["one pass", "two kernels", "one pass D128", "own keys D128", "D256", "three groups"],
+    ids=["of the table", "two tiles", "one tile D128", "own keys D128", "D256", "three groups"],
 )
 def test_gradients_are_the_reference(backward, own, sizes):
     sizes = {"rows": 200, "keys": 200} | sizes
@@ -67,19 +67,6 @@ def test_gradients_are_the_reference(backward, own, sizes):
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == data[0].dtype and np.isfinite(np.float32(a)).all()
         assert error(a, b) < 1e-2
-
-
-def test_the_deterministic_one_never_sums_on_the_way(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "rec_core.attention.mosaic_gpu.range_attention_mosaic_gpu",
-        lambda *arrays, backward, **options: asked.append(backward),
-    )
-    q = jnp.zeros((1, 8, 1, 64), jnp.bfloat16)
-    range_attention_mosaic_gpu_deterministic(q, q, q, None, None, q, q, scale=1.0)
-    range_attention_mosaic_gpu_deterministic(q, q, q, None, None, q, q, scale=1.0, backward=ONE_PASS)
-    assert backward_blocks("NVIDIA H100", 64, 8).one_pass  # or the second name would have no use
-    assert [one.one_pass for one in asked] == [False, False]
 
 
 @pytest.mark.parametrize("own", ["same", "none"])
