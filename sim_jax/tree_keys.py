@@ -93,7 +93,11 @@ def distinct(keys: Ragged, candidates: Int[np.ndarray, "B"] | None = None) -> Di
     many = np.array([n]) if candidates is None else integers("candidates", candidates)
     if many.ndim != 1 or (many < 0).any() or many.sum() != n:
         raise ValueError(f"candidates is {candidates}: numbers of candidates that add up to the {n} rows of keys")
-    user = np.repeat(np.repeat(np.arange(len(many)), many), row_lengths("keys", keys))
+    lengths = row_lengths("keys", keys)
+    if len(many) == 1:  # a request while somebody waits: a column alone takes NumPy a fifth of the time
+        key, place = np.unique(keys.values, return_inverse=True)
+        return Distinct(Ragged(np.array([0, len(key)]), key), Ragged(keys.offsets, place))
+    user = np.repeat(np.repeat(np.arange(len(many)), many), lengths)
     user, key, place = _unique(user, keys.values)
     return Distinct(Ragged(np.searchsorted(user, np.arange(len(many) + 1)), key), Ragged(keys.offsets, place))
 
