@@ -7,6 +7,7 @@ percentile of one run on one device, after everything was compiled.
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -112,6 +113,7 @@ def rank_latency(sizes: Sizes) -> tuple[list[results.Row], dict[str, float]]:
                 rows.append(row | {f"p{q}_ms": float(np.percentile(ms, q)) for q in (50, 90, 99)})
                 lookups = _milliseconds([partial(_look_up, ranker, ask) for ask in asks])
                 rows[-1]["lookup_p99_ms"] = float(np.percentile(lookups, 99))
+                print(f"rank, {name}, {length:,} behaviours: p99 {rows[-1]['p99_ms']:.3g} ms", flush=True)
                 if name != "DIEN":
                     figures[f"rank_p99_ms_{length // 1000}k"] = float(np.percentile(ms, 99))
                     figures[f"rank_p50_ms_{length // 1000}k"] = float(np.percentile(ms, 50))
@@ -160,10 +162,15 @@ def training_speed(sizes: Sizes) -> tuple[list[results.Row], dict[str, float]]:
         ("SIM, search by the tree on the device", hard, Feed("tree", sizes.top), sizes.longest),
         ("SIM, soft search over all", soft, Feed("newest", sizes.longest), sizes.longest),
     ]
-    for name, config, feed, length in cases:
-        ms, gib = _step_milliseconds(data[length], config, feed, sizes)
+    with ThreadPoolExecutor() as pool:  # all are compiled before any is timed
+        made = list(pool.map(lambda case: _compiled(data[case[3]], case[1], case[2], sizes), cases))
+    for (name, config, _, length), compiled in zip(cases, made, strict=True):
+        ms = _step_milliseconds(compiled, data[length], config, sizes)
+        memory = compiled.memory_analysis()
+        gib = memory.temp_size_in_bytes / 2**30 if memory is not None else 0.0
         row: dict[str, Any] = {"what": f"training step, {name}", "behaviors": length, "batch": sizes.batch}
         rows.append(row | {"ms": float(np.median(ms)), "ms_low": min(ms), "ms_high": max(ms), "temporaries_gib": gib})
+        print(f"{rows[-1]['what']}, {length:,} behaviours: {rows[-1]['ms']:.3g} ms", flush=True)
     ms_of = [float(row["ms"]) for row in rows]  # type: ignore[arg-type]
     return rows, {
         "train_speedup_10k": ms_of[0] / ms_of[1],
@@ -192,35 +199,36 @@ def _users(sizes: Sizes, length: int) -> Lifelong:
     )  # fmt: skip
 
 
-def _step_milliseconds(
-    device: lifelong.OnDevice, config: sim_jax.Config, feed: Feed, sizes: Sizes
-) -> tuple[list[float], float]:
-    """Milliseconds a step, one number a repeat, and the compiler's count of temporary memory, GiB."""
-    settings = training.TrainConfig(steps=10_000)
+SETTINGS = training.TrainConfig(steps=10_000)
+
+
+def _compiled(device: lifelong.OnDevice, config: sim_jax.Config, feed: Feed, sizes: Sizes) -> Any:
+    """`sizes.steps` training steps as one program: state, data and users of each step in, state and losses out."""
 
     def run(state: Any, device: lifelong.OnDevice, rows: Any) -> Any:
         def step(state: Any, rows: Any) -> Any:
             batch = lifelong.make_batch(device, rows, config, feed, sizes.recent)
-            return training.advance(sim_jax, config, settings, state, batch)
+            return training.advance(sim_jax, config, SETTINGS, state, batch)
 
         state, metrics = jax.lax.scan(step, state, rows)
         return state, metrics["loss"]
 
-    state = jax.jit(partial(training.init_state, sim_jax, config, settings))()
+    state = jax.eval_shape(partial(training.init_state, sim_jax, config, SETTINGS))
+    rows = jax.ShapeDtypeStruct((sizes.steps, sizes.batch), jnp.int32)
+    return jax.jit(run, donate_argnums=0).lower(state, device, rows).compile()
+
+
+def _step_milliseconds(compiled: Any, device: lifelong.OnDevice, config: sim_jax.Config, sizes: Sizes) -> list[float]:
+    """Milliseconds a step, one number a repeat."""
     rng = np.random.default_rng(0)
-
-    def rows() -> Any:
-        return jnp.asarray(np.stack([rng.permutation(sizes.batch) for _ in range(sizes.steps)]), jnp.int32)
-
-    compiled = jax.jit(run, donate_argnums=0).lower(state, device, rows()).compile()
-    memory = compiled.memory_analysis()
-    gib = memory.temp_size_in_bytes / 2**30 if memory is not None else 0.0
-    state, loss = compiled(state, device, rows())
+    state = jax.jit(partial(training.init_state, sim_jax, config, SETTINGS))()
     found = []
-    for _ in range(sizes.repeats):
+    for repeat in range(sizes.repeats + 1):
+        rows = jnp.asarray(np.stack([rng.permutation(sizes.batch) for _ in range(sizes.steps)]), jnp.int32)
         began = time.perf_counter()
-        state, loss = compiled(state, device, rows())
+        state, loss = compiled(state, device, rows)
         if not np.isfinite(np.asarray(loss)).all():
             raise RuntimeError("a timed training step gave a loss that is not finite")
-        found.append(1000 * (time.perf_counter() - began) / sizes.steps)
-    return found, gib
+        if repeat:  # the first one warms up
+            found.append(1000 * (time.perf_counter() - began) / sizes.steps)
+    return found
