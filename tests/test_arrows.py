@@ -24,7 +24,7 @@ OWNERS = {
     "polars": {"rec_core/data/readers.py", "rec_core/data/tables.py"},
     "matplotlib": {"experiments/figures.py"},
     "torch": {"experiments/attention_torch.py"},
-    "tyro": {"experiments/__main__.py"},
+    "tyro": {"experiments/__main__.py", "experiments/tools.py"},
     "safetensors": {"bahe_jax/safetensors_files.py"},
     "gguf": {"bahe_jax/gguf_file.py"},
     "tokenizers": {"bahe_jax/tokenizer.py"},

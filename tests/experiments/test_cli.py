@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import quickstart, results
-from experiments.__main__ import COMMANDS, main
+from experiments.__main__ import main
 from rec_core.checkpoint import CheckpointError
 from rec_core.training import DivergedError
 
@@ -198,7 +198,7 @@ def test_what_ends_a_training_ends_the_command(
     def fail(_: object) -> None:
         raise error
 
-    monkeypatch.setitem(COMMANDS, "compare", (COMMANDS["compare"][0], fail))
+    monkeypatch.setattr("experiments.tools.compare", fail)
     assert main(["compare", "a.json", "b.json"]) == 1
     said = capsys.readouterr().err.splitlines()
     assert len(said) == len(lines) and all(re.fullmatch(want, line) for want, line in zip(lines, said)), said
