@@ -21,7 +21,7 @@ NAMES = {
 
 def section(folder: Path = RESULTS) -> str:
     """The marked part, marks included, from the result files in `folder`."""
-    parts = [part for part in (_lum(folder), _dcaf(folder)) if part]
+    parts = [part for part in (_lum(folder), _serving(folder), _dcaf(folder)) if part]
     return "\n".join([BEGIN, "", *(line for part in parts for line in [*part, ""]), END])
 
 
@@ -54,6 +54,43 @@ def _lum(folder: Path) -> list[str]:
         "An interval that contains zero (0) shows nothing. Commands, results in `experiments/results/`:",
         "",
         *commands,
+    ]
+
+
+def _serving(folder: Path) -> list[str]:
+    """SIM's behaviour tree, once it is measured, and what was measured of ranking and training on an accelerator."""
+    if not (folder / "sim_serving.json").exists():
+        return []
+    result = results.read(folder / "sim_serving.json")
+    f = result.figures
+    wanted = (
+        ("tree of 10 M events built, s", "build_10m_s", "30 or less", ".1f"),
+        (
+            "a day of 1 M events appended, 2.1 a (user, category), thousands a second",
+            "append_events_per_s",
+            "800",
+            ".0f",
+        ),
+        ("look-up of 20 categories of 10,000 events, LMDB, p99, ms", "lookup_p99_ms_lmdb", "0.5 or less", ".2f"),
+        ("the same, a local Redis", "lookup_p99_ms_redis", "3 or less", ".2f"),
+        ("`rank` of 100 candidates, 10,000 behaviours, p99, ms", "rank_p99_ms_10k", "5 or less", ".2f"),
+        ("training step at 10,000 by search, times faster than over the full length", "train_speedup_10k", "20", ".1f"),
+    )
+    thousand = {"append_events_per_s": 1e-3}
+    elsewhere = sorted({str(row["device"]) for row in result.rows if "device" in row})
+    return [
+        f"SIM's behaviour tree ({result.device.get('processor')}, {result.device.get('cores')} cores"
+        + (f"; ranking and training on {', '.join(elsewhere)}):" if elsewhere else "):"),
+        "",
+        "| what | measured | goal |",
+        "|---|---|---|",
+        *(
+            f"| {title} | {f[name] * thousand.get(name, 1):{form}} | {goal} |"
+            for title, name, goal, form in wanted
+            if name in f
+        ),
+        "",
+        f"Command: {_command(result, 'sim_serving')}.",
     ]
 
 

@@ -89,10 +89,12 @@ class Net(nn.Module):
         query: Array = self.search(target)
         return query
 
-    def click(self, target: Float[Array, "B d"], sampled: Found) -> Float[Array, " B"]:
-        """The auxiliary task of the soft search."""
+    def click(
+        self, target: Float[Array, "B d"], sampled: Found, count: Float[Array, "B"] | None = None
+    ) -> Float[Array, " B"]:
+        """The auxiliary task of the soft search, from behaviours drawn from ``count``."""
         r = search.relevance(self.search(target), sampled.sequence)
-        logit: Array = self.search_click(search.pool(r, sampled.sequence, sampled.mask), target)
+        logit: Array = self.search_click(search.pool(r, sampled.sequence, sampled.mask, count), target)
         return logit
 
     def encode_short(self, recent: Found) -> Any:
@@ -177,9 +179,10 @@ def apply(params: Any, batch: Batch, config: Config, *, key: Array | None = None
         return Output(logits, None, {})
     clicked = None
     if config.search == "soft":
+        count = jnp.sum(jnp.asarray(whole.mask), axis=-1, dtype=jnp.float32)
         if config.samples and sample_key is not None:
             whole = _take(whole, *search.sample(sample_key, jnp.asarray(whole.mask), config.sample))
-        clicked = net.click(target, _vectors(tables, config, whole.fields, whole.mask))
+        clicked = net.click(target, _vectors(tables, config, whole.fields, whole.mask), count)
     negatives = None
     if config.uses_negatives and batch.negatives is not None:
         negatives = constrain(embedding.embed(tables, config.item_features, batch.negatives))

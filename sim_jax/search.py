@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rec_core.interest import Dice
 from rec_core.interest.base import newest_top_k
+from rec_core.ranking.head import tamed
 
 
 def hard(
@@ -60,15 +61,21 @@ def sample(key: Array, mask: Bool[Array, "B T"], n: int) -> tuple[Int[Array, "B 
 class SoftSearch(nn.Module):
     """`W_b^T W_a e_a`, float32: its inner product with e_i is the relevance `r_i = (W_b e_i) . (W_a e_a)`.
 
-    So a target is projected once and the T behaviours not at all.
+    So a target is projected once and the T behaviours not at all. Ours: W_a and W_b start as one projection, so that
+    the behaviours nearest to the candidate are found at first; of two unrelated ones the relevance is noise.
     """
 
     width: int
 
     @nn.compact
     def __call__(self, target: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        shape, initial = (target.shape[-1], self.width), nn.initializers.lecun_normal()
-        w_a, w_b = (self.param(name, initial, shape, jnp.float32) for name in ("w_a", "w_b"))
+        shape = (target.shape[-1], self.width)
+
+        def alike(_: Array) -> Array:
+            projection: Array = nn.initializers.orthogonal()(jax.random.key(0), shape, jnp.float32)
+            return projection
+
+        w_a, w_b = (self.param(name, alike) for name in ("w_a", "w_b"))
         return target.astype(jnp.float32) @ w_a @ w_b.T
 
 
@@ -77,14 +84,24 @@ def relevance(query: Float[Array, "B d"], sequence: Float[Array, "B T d"]) -> Fl
     return jnp.einsum("bd,btd->bt", query, sequence, preferred_element_type=jnp.float32)
 
 
-def pool(r: Float[Array, "B T"], sequence: Float[Array, "B T d"], mask: Bool[Array, "B T"]) -> Float[Array, "B d"]:
-    """`U_r = sum_i r_i e_i`, here divided by the number of behaviours, so that 100 and 54,000 are read alike; float32.
+def pool(
+    r: Float[Array, "B T"],
+    sequence: Float[Array, "B T d"],
+    mask: Bool[Array, "B T"],
+    count: Float[Array, "B"] | None = None,
+) -> Float[Array, "B d"]:
+    """`U_r = sum_i r_i e_i`, float32: the users' interest as the search alone sees it; 0 for a row without behaviours.
 
-    The users' interest as the search alone sees it. A row without behaviours gives zeros.
+    Ours: as `sign(x) log(1 + |x|)`, which reads 100 behaviours and 54,000 in one scale and keeps that they are many.
+
+    Args:
+      count: behaviours that those given were drawn from; the sum is scaled to them. None: there are no others.
     """
-    weight = jnp.where(mask, r, 0) / jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)
     sequence = jnp.where(mask[..., None], sequence, 0)
-    return jnp.einsum("bt,btd->bd", weight, sequence, preferred_element_type=jnp.float32)
+    total = jnp.einsum("bt,btd->bd", jnp.where(mask, r, 0), sequence, preferred_element_type=jnp.float32)
+    if count is not None:
+        total = total * (count / jnp.maximum(jnp.sum(mask, axis=-1), 1))[:, None]
+    return tamed(total)
 
 
 class SearchClick(nn.Module):

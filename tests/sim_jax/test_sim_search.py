@@ -62,6 +62,10 @@ def test_relevance_is_the_papers_product_of_two_projections():
     target, sequence = rng.normal(size=(2, 5)), rng.normal(size=(2, 7, 5))
     module = search.SoftSearch(3)
     params = module.init(jax.random.key(0), jnp.asarray(target))
+    first = params["params"]
+    np.testing.assert_array_equal(first["w_a"], first["w_b"])  # at first: nearness in one projection
+    np.testing.assert_allclose(first["w_a"].T @ first["w_a"], np.eye(3), atol=1e-6)
+    params = {"params": {name: jnp.asarray(rng.normal(size=(5, 3)), jnp.float32) for name in ("w_a", "w_b")}}
     w_a, w_b = (np.asarray(params["params"][name], np.float64) for name in ("w_a", "w_b"))
     wanted = np.einsum("btw,bw->bt", sequence @ w_b, target @ w_a)
     got = search.relevance(module.apply(params, jnp.asarray(target)), jnp.asarray(sequence))
@@ -72,7 +76,9 @@ def test_pooling_by_hand_ignores_padding_and_survives_an_empty_row():
     r = jnp.array([[2.0, 5.0, jnp.nan], [1.0, 1.0, 1.0]])
     sequence = jnp.array([[[1.0, 0.0], [0.0, 1.0], [jnp.nan, 1.0]]] * 2)
     mask = jnp.array([[True, True, False], [False, False, False]])
-    np.testing.assert_allclose(search.pool(r, sequence, mask), [[1.0, 2.5], [0.0, 0.0]])
+    np.testing.assert_allclose(search.pool(r, sequence, mask), np.log1p([[2.0, 5.0], [0.0, 0.0]]), rtol=1e-6)
+    drawn = search.pool(r, -sequence, mask, count=jnp.array([6.0, 0.0]))  # two of six
+    np.testing.assert_allclose(drawn, -np.log1p([[6.0, 15.0], [0.0, 0.0]]), rtol=1e-6)
 
 
 def test_a_sample_is_of_behaviours_each_once_and_new_for_each_key():
