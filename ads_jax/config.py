@@ -19,6 +19,8 @@ class Config(ctr.Config):
       generator: hidden units of the generators. eta: widens the sigmoid of PSRG's weights.
       psrg, pcrg: whether the sequence's and the candidate's generator are there (the paper's ablation).
       constant: the generators read ones for E_D (a control for capacity alone). The dense network still reads E_D.
+      arranged: every batch has its padding first, the newest behaviour last (`check` asks it); otherwise a step looks,
+        and moves the ids where it is not so.
     """
 
     length: int = 50
@@ -28,6 +30,7 @@ class Config(ctr.Config):
     psrg: bool = True
     pcrg: bool = True
     constant: bool = False
+    arranged: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,4 +57,5 @@ class Config(ctr.Config):
             candidate=self.pcrg,
             constant=self.constant,
             dtype=self.dtype,
+            arranged=self.arranged,
         )

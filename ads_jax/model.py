@@ -5,12 +5,15 @@ is the click model of `rec_core.ranking.ctr`: tables, head, loss, several tasks 
 the context's vectors and E_D. A batch is that model's, too.
 """
 
+from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ads_jax.config import Config
+from ads_jax.order import newest_last
 from rec_core import embedding, losses
 from rec_core.embedding import Categorical, Continuous
 from rec_core.features import check_mask
@@ -27,7 +30,7 @@ def apply(
     params: Any, batch: Batch, config: Config, *, key: Array | None = None, train: bool = False
 ) -> Float[Array, "B"] | Float[Array, "B tasks"]:
     """Logits, `[B]` for one task. `key` is for dropout, in training only."""
-    return ctr.apply(params, batch, config, key=key, train=train)
+    return ctr.apply(params, *_arranged(batch, config), key=key, train=train)
 
 
 def objective(
@@ -52,7 +55,7 @@ def loss(
     train: bool = True,
     axis_name: str | None = None,
 ) -> tuple[Float[Array, ""], dict[str, losses.Sum]]:
-    return ctr.loss(params, batch, config, key=key, train=train, axis_name=axis_name)
+    return ctr.loss(params, *_arranged(batch, config), key=key, train=train, axis_name=axis_name)
 
 
 def score(params: Any, batch: Batch, config: Config, *, chunk: int = 32) -> Float[Array, "B C"]:
@@ -63,7 +66,7 @@ def score(params: Any, batch: Batch, config: Config, *, chunk: int = 32) -> Floa
     reads a field of the candidate (its category, as in the paper's Taobao data), each candidate has a sequence of its
     own, and memory is that of `chunk` sequences.
     """
-    return ctr.score(params, batch, config, chunk=chunk)
+    return ctr.score(params, *_arranged(batch, config), chunk=chunk)
 
 
 def touched(batch: Batch, config: Config) -> dict[str, Int[Array, " n"]]:
@@ -77,9 +80,25 @@ def check(batch: Batch, config: Config) -> None:
     A row without any behaviour is legal, and so is a length that the chunks do not divide.
     """
     slots = check_mask("mask", batch.mask)[1]
+    if config.arranged:
+        wrong = np.flatnonzero((batch.mask[:, :-1] > batch.mask[:, 1:]).any(axis=1))
+        if len(wrong):
+            raise ValueError(
+                f"mask: padding after a behaviour at row {wrong[0]}, and config.arranged is True; put padding first, "
+                "or set arranged to False"
+            )
     if slots > config.length:
         raise ValueError(f"mask: {slots} slots, config.length is {config.length}; raise it, or cut the oldest")
     ctr.check(batch, config)
+
+
+def _arranged(batch: Batch, config: Config) -> tuple[Batch, Config]:
+    """The padding first: as ids, which are a small part of the vectors and have no gradient."""
+    if config.arranged:
+        return batch, config
+    mask = jnp.asarray(batch.mask)
+    sequence, time, mask = newest_last(mask, (dict(batch.sequence), batch.time, mask))
+    return replace(batch, sequence=sequence, time=time, mask=mask), replace(config, arranged=True)
 
 
 def example(batch_size: int = 8, seed: int = 0) -> tuple[Config, Batch]:

@@ -9,6 +9,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from ads_jax.order import newest_last
 from ads_jax.pcrg import PCRG
 from ads_jax.psrg import PSRG
 from rec_core.interest import Interest
@@ -36,6 +37,7 @@ class ADS(nn.Module):
       sequence, candidate: whether PSRG and PCRG are there (the paper's ablation).
       constant: the generators read ones in the place of E_D, whoever asks: a control that has the plug-in's capacity
         and knows no domain.
+      arranged: what is given has its padding first already, and no look is taken at that.
     """
 
     unit: Interest
@@ -47,6 +49,7 @@ class ADS(nn.Module):
     candidate: bool = True
     constant: bool = False
     dtype: str = "float32"
+    arranged: bool = False
 
     def setup(self) -> None:
         if self.length < 1 or self.items < 1:
@@ -79,13 +82,14 @@ class ADS(nn.Module):
         if sequence.shape[1] > self.length:
             raise ValueError(f"ADS: the sequence has {sequence.shape[1]} slots, length is {self.length}; raise it")
         length = sequence.shape[1]
-        order = jnp.argsort(mask.astype(bool), axis=1, stable=True)  # padding first, behaviours in their order
+        given = (sequence, mask.astype(bool), time)
+        if not self.arranged:
+            given = newest_last(mask, given)
 
-        def arrange(x: Array) -> Array:
-            x = jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
-            return jnp.pad(x, [(0, 0), (-x.shape[1] % self.items, 0)] + [(0, 0)] * (x.ndim - 2))
+        def whole_chunks(x: Array) -> Array:
+            return jnp.pad(x, [(0, 0), (-length % self.items, 0)] + [(0, 0)] * (x.ndim - 2))
 
-        sequence, mask, time = jax.tree.map(arrange, (sequence, mask.astype(bool), time))
+        sequence, mask, time = jax.tree.map(whole_chunks, given)
         if self.sequence:
             sequence = self.psrg(self._read(domain), jnp.where(mask[..., None], sequence, 0))
         return Encoded(self.unit.encode(sequence, mask, time=time), length)
@@ -102,7 +106,7 @@ class ADS(nn.Module):
         """The candidate's queries of a sequence of `length` slots, the newest chunk's last, as the slots are."""
         if not self.candidate:
             return target
-        return self.pcrg(self._read(domain), target)[:, : -(-length // self.items)][:, ::-1]
+        return self.pcrg(self._read(domain), target, oldest_of=-(-length // self.items))
 
     def _read(self, domain: Float[Array, "B d_D"]) -> Float[Array, "B d_D"]:
         return jnp.ones_like(domain) if self.constant else domain

@@ -13,6 +13,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sim-serving": ("sim_serving.SimServing", "sim_serving.run"),
     "dcaf-replay": ("dcaf_replay.DcafReplay", "dcaf_replay.run"),
     "ads-multidomain": ("ads_multidomain_models.AdsMultidomain", "ads_multidomain.run"),
+    "ads-chunks": ("ads_chunks.AdsChunks", "ads_chunks.run"),
+    "ads-cost": ("ads_cost.AdsCost", "ads_cost.run"),
     "bahe-encode": ("bahe_encode.BaheEncode", "bahe_encode.run"),
     "bahe-cost": ("bahe_cost.BaheCost", "bahe_cost.run"),
     "attention-bench": ("attention_bench.AttentionBench", "attention_bench.run"),

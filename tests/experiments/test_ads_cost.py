@@ -1,0 +1,141 @@
+"""The cost of ADS: a small run says all that a full one does, and what is timed is what is said."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import ads_cost, results
+from experiments.ads_cost import AdsCost
+from experiments.steps import ads_scale, ads_step, ads_timing
+from experiments.steps.ads_step import Variant
+from experiments.steps.ads_timing import Program
+from rec_core.sharding import make_mesh
+
+FIGURES = {"overhead_chunk10_pct", "dense_overhead_chunk10_pct", "memory_overhead_chunk10_pct", "step_ms_chunk10"}
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """The whole step alone and in chunks, compiled once for all tests."""
+    both = (Variant("MHA", 20, None), Variant("MHA", 20, 10))
+    return {v: ads_timing.compiled(partial(ads_step.lower_whole, ads_scale.TINY, v, make_mesh())) for v in both}
+
+
+def test_a_small_run_writes_rows_figures_and_a_report(programs, tmp_path, monkeypatch, capsys):
+    def compile_all(lower, *, log):
+        return {
+            key: programs[key[1]] if key[0] == "whole step" else ads_timing.compiled(make)
+            for key, make in lower.items()
+        }
+
+    monkeypatch.setattr(ads_timing, "compile_all", compile_all)
+    monkeypatch.setattr(ads_cost, "variants", lambda attention, length: tuple(programs))
+    outcome = ads_cost.run(AdsCost(quick=True, out=tmp_path))
+    assert results.read(tmp_path / "result.json").rows == outcome.rows
+    assert {f"small_{name}" for name in FIGURES} | {"small_request_p99_ms_6"} <= set(outcome.figures)
+    rows = {(row["what"], row["model"]): row for row in outcome.rows}
+    assert len(rows) == 6
+    for what in ("whole step", "dense part"):
+        alone, ads = rows[what, "alone"], rows[what, "ADS, chunks of 10"]
+        assert ads["memory_gib"] > alone["memory_gib"] and ("gflop" in ads) == (what == "dense part")
+        assert "overhead_pct" not in alone and ads["overhead_pct_low"] <= ads["overhead_pct"]
+    assert rows["dense part", "ADS, chunks of 10"]["gflop"] > rows["dense part", "alone"]["gflop"]
+    asked = rows["request", "ADS, chunks of 10"]
+    assert 0 < asked["p50_ms"] <= asked["p99_ms"] and asked["candidates"] == 6
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    assert "whole step: MHA, 20 behaviours" in capsys.readouterr().out
+
+
+def test_contenders_share_tables_and_a_lost_one_costs_a_row(programs):
+    """A contender that the device refuses takes the tables with it: the others get new ones, and it a reason."""
+    alone, chunked = programs
+
+    def refused(state, batch):
+        jax.tree.map(lambda x: x.delete(), state)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    unchunked = Variant("MHA", 20, 1)
+    those = {alone: programs[alone], unchunked: Program(refused), chunked: programs[chunked]}
+    rows, ms = ads_step.measure_whole(ads_scale.TINY, those, steps=1, repeats=2)
+    assert [row["model"] for row in rows] == ["alone", "ADS, unchunked", "ADS, chunks of 10"]
+    assert rows[1]["reason"].startswith("out of the device's memory") and "ms" not in rows[1]
+    assert set(ms) == {"alone", "ADS, chunks of 10"} and all(len(x) == 2 for x in ms.values())
+    assert rows[2]["overhead_pct"] == pytest.approx(np.median(100 * (ms["ADS, chunks of 10"] / ms["alone"] - 1)))
+
+
+def test_a_step_moves_the_touched_rows_and_the_net(programs):
+    variant = Variant("MHA", 20, 10)
+    module, config = ads_scale.model(ads_scale.TINY, "MHA", 20, 10)
+    host = ads_scale.make_batch(ads_scale.TINY, 20)
+    module.check(host, config)
+    state = ads_scale.make_state(module, config, make_mesh())
+    before = jax.tree.map(np.array, state.params)
+    state, ms = ads_step.timed_steps(programs[variant], state, [ads_scale.on_device(host, make_mesh())], 2)
+    assert ms > 0 and int(state.step) == 2
+    touched = np.unique(module.touched(host, config)["item"])
+    moved = (np.asarray(state.params["tables"]["item"]) != before["tables"]["item"]).any(axis=1)
+    assert moved.any() and set(np.flatnonzero(moved)) <= set(touched)
+    assert (
+        np.asarray(state.params["net"]["head"]["mlp_0"]["kernel"]) != before["net"]["head"]["mlp_0"]["kernel"]
+    ).any()
+
+
+def test_devices_are_compared_by_examples_a_second(programs):
+    variant = Variant("MHA", 20, 10)
+    batch = ads_scale.TINY.batch
+    cases = {
+        "one device": (programs[variant], 1, batch),
+        "fixed batch a device": (Program(None, "out of the device's memory: x"), 2, 2 * batch),
+        "again": (programs[variant], 1, batch),
+    }
+    rows, ms = ads_step.measure_devices(ads_scale.TINY, variant, cases, steps=1, repeats=2)
+    assert [row["case"] for row in rows] == list(cases) and rows[0]["speedup"] == 1
+    assert rows[1]["reason"] == "out of the device's memory: x" and rows[1]["batch"] == 2 * batch
+    assert rows[2]["speedup"] == pytest.approx(np.median(ms["one device"] / ms["again"]))
+
+
+def test_what_is_left_out_says_so_and_figures_are_of_whole_cases_only():
+    rows = []
+    for length, ms in ((200, 4.0), (1000, 8.0)):
+        for i, variant in enumerate(ads_cost.variants("MHA", length)):
+            row = variant.row("whole step") | {"ms": ms + i, "memory_gib": 10.0 + i, "temporaries_gib": 1.0 + i}
+            rows.append(row | ({"overhead_pct": 3.0 * i} if i else {}))
+            rows.append(variant.row("request") | {"p50_ms": ms, "p99_ms": 2 * ms + i})
+    rows.append(Variant("MHA", 200, 10).row("devices") | {"case": "fixed batch a device", "speedup": 1.9})
+    rows.append(Variant("MHA", 200, 1).row("dense part") | {"reason": "out of memory"})
+    found = ads_cost.summarize(rows, AdsCost(devices=2))
+    assert found["overhead_chunk10_pct"] == 3 and found["overhead_full_pct"] == 6
+    assert found["memory_overhead_chunk10_pct"] == pytest.approx(10) and found["two_gpu_speedup"] == 1.9
+    assert found["request_p99_ms_500"] == 17 and "dense_overhead_full_pct" not in found
+
+
+def test_after_the_limit_nothing_is_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(ads_cost._Measured, "left", lambda self: 0.0)
+    outcome = ads_cost.run(AdsCost(quick=True, out=tmp_path, parts=("step",)))
+    assert len(outcome.rows) == 6 and not outcome.figures
+    assert all(str(row["reason"]).startswith("not begun: the limit of 500 s") for row in outcome.rows)
+
+
+def test_compiling_side_by_side_gives_each_its_own_program_or_the_reason():
+    def refuse():
+        raise jax.errors.JaxRuntimeError("INTERNAL: no such instruction\nmore")
+
+    lower = {n: partial(jax.jit(lambda x, n=n: x + n).lower, 1.0) for n in (1, 2)}
+    programs = ads_timing.compile_all(lower | {"bad": refuse}, log=lambda _: None)
+    assert [float(programs[n].call(1.0)) for n in (1, 2)] == [2, 3]
+    assert programs["bad"].reason == "the device refused it: INTERNAL: no such instruction more"
+    with pytest.raises(ZeroDivisionError):  # a mistake of ours is not a row
+        ads_timing.compile_all({0: lambda: 1 / 0}, log=lambda _: None)
+
+
+@pytest.mark.parametrize("change", [{"parts": ("steps",)}, {"attentions": ()}, {"repeats": 0}, {"lengths": (0,)}])
+def test_settings_say_what_is_wrong(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        AdsCost(**change)
+
+
+def test_more_devices_than_there_are_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="devices is 99, there are 8"):
+        ads_cost.run(AdsCost(quick=True, out=tmp_path, devices=99))
