@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ads-multidomain": ("ads_multidomain_models.AdsMultidomain", "ads_multidomain.run"),
     "ads-chunks": ("ads_chunks.AdsChunks", "ads_chunks.run"),
     "ads-cost": ("ads_cost.AdsCost", "ads_cost.run"),
+    "bahe-text": ("bahe_text_models.BaheText", "bahe_text.run"),
     "bahe-encode": ("bahe_encode.BaheEncode", "bahe_encode.run"),
     "bahe-cost": ("bahe_cost.BaheCost", "bahe_cost.run"),
     "attention-bench": ("attention_bench.AttentionBench", "attention_bench.run"),
