@@ -32,10 +32,10 @@ from experiments.steps.ads_scale import Sizes
 from experiments.steps.ads_step import Variant
 from experiments.steps.multidomain import CALL, Impressions, Tuned
 from experiments.steps.problem import make_problem
+from experiments.steps.runs import settings_for
 from rec_core import metrics
 from rec_core.ranking import cost
 from rec_core.sharding import make_mesh
-from rec_core.training import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,7 @@ def make_data(config: AdsChunks) -> tuple[Impressions, AdsMultidomain]:
 def train_all(config: AdsChunks, data: Impressions, world: AdsMultidomain) -> dict[str, Tuned]:
     """Every variant tuned and trained, side by side, since compiling takes longer than training."""
     size = min(config.batch_size, len(data.train))
-    steps = max(2, len(data.train) // size)
-    steps -= steps % CALL if steps > CALL else 0  # whole calls: no other shape is compiled
-    settings = TrainConfig(steps=steps, decay="linear", warmup=max(1, steps // 20), b2=0.99)
+    settings = settings_for(len(data.train), size, 1.0, CALL)
 
     def one(variant: Variant) -> Tuned:
         name = config.attention if variant.items is None else f"{config.attention} + ADS"
@@ -200,17 +198,7 @@ def summarize(config: AdsChunks, rows: Sequence[Row], intervals: dict[str, Inter
     found: dict[str, Any] = {}
     for line in headline(config, rows, intervals):
         tag = "alone" if line["items"] is None else str(line["items"])
-        for name in (
-            "auc",
-            "gain",
-            "gain_low",
-            "gain_high",
-            "parameters",
-            "gflop",
-            "ms",
-            "dense_ms",
-            "temporaries_gib",
-        ):
+        for name in _FIGURES:
             found[f"{name}_{tag}"] = line.get(name)
     kept = {name: float(value) for name, value in found.items() if value is not None}
     return {f"small_{name}": value for name, value in kept.items()} if config.quick else kept

@@ -13,13 +13,12 @@ import numpy as np
 import ads_jax
 from experiments.progress import Progress
 from experiments.steps import multidomain
-from experiments.steps.lifelong import Run, saved_run
 from experiments.steps.multidomain import Impressions, Tuned
+from experiments.steps.runs import Run, saved_run, settings_for
 from rec_core.data.world import World
 from rec_core.embedding import Categorical
 from rec_core.interest.can import parameters
 from rec_core.ranking import cost, ctr
-from rec_core.training import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -155,9 +154,7 @@ def train_all(data: Impressions, config: AdsMultidomain) -> Outcome:
     """Every model on one data set. What is done is kept under `out`/models: a stopped run goes on from there."""
     done = Outcome(data)
     size = min(config.batch_size, len(data.train))
-    steps = max(2, round(config.epochs * len(data.train) / size))
-    steps -= steps % multidomain.CALL if steps > multidomain.CALL else 0  # whole calls: no other shape is compiled
-    settings = TrainConfig(steps=steps, decay="linear", warmup=max(1, steps // 20), b2=0.99)
+    settings = settings_for(len(data.train), size, config.epochs, multidomain.CALL)
     names = config.only or tuple(MODELS)
     arrays = [data.batch.label, data.batch.target["item"], data.batch.mask, data.domain]
     identity = zlib.crc32(b"".join(np.asarray(x).tobytes() for x in arrays))

@@ -97,14 +97,13 @@ def run(config: AttentionBench) -> results.Result:
     ]
 
     def publish() -> results.Result:
-        """What is known so far: a run that is cut short keeps what it has measured."""
+        """Writes what is known so far: a run that is cut short keeps what it has measured."""
         rows.sort(key=lambda row: order[row["case"], row["direction"]])
         found = attention_report.summarize(rows, small=small)
         outcome = results.record(
             "attention_bench", started=started, seeds=[config.seed], rows=ceiling_rows + rows, figures=found
         )
         results.write(config.out / "result.json", outcome)
-        report.write(config.out / "report.html", attention_report.page(outcome, rows, chosen, top))
         return outcome
 
     with ExitStack() as stack:
@@ -128,6 +127,7 @@ def run(config: AttentionBench) -> results.Result:
         for child in others:
             rows += _shown(_from_child(child, chosen, dtype, top))
     outcome = publish()
+    report.write(config.out / "report.html", attention_report.page(outcome, rows, chosen, top))
     attention_report.show(rows, outcome.figures)
     print(f"report: {config.out / 'report.html'}   result: {config.out / 'result.json'}   {outcome.seconds:.0f} s")
     return outcome

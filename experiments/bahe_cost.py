@@ -90,9 +90,10 @@ def run(config: BaheCost) -> results.Result:
         for name, (setting, lower) in CASES.items():
             rows.append(_case(config, replace(model, setting=setting, lower=lower), name, length, speed))
             print(progress.table(rows[-1:]), flush=True)
-    found = summarize(rows, small=config.quick)
-    outcome = results.record("bahe_cost", started=started, seeds=[0], rows=rows, figures=found)
-    results.write(config.out / "result.json", outcome)
+            # After each: a run that is cut short keeps what it has measured.
+            found = summarize(rows, small=config.quick)
+            outcome = results.record("bahe_cost", started=started, seeds=[0], rows=rows, figures=found)
+            results.write(config.out / "result.json", outcome)
     report.write(config.out / "report.html", page(config, outcome))
     print(progress.table(rows))
     print(f"report: {config.out / 'report.html'}   result: {config.out / 'result.json'}   {outcome.seconds:.0f} s")

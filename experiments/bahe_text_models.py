@@ -19,7 +19,7 @@ from experiments.steps import bahe_text as steps
 from experiments.steps import rank
 from experiments.steps.bahe_text import Language
 from experiments.steps.bahe_text_data import TextProblem
-from experiments.steps.lifelong import Run, saved_run
+from experiments.steps.runs import Run, saved_run, settings_for
 from rec_core.training import TrainConfig
 
 ASSUMED_FLOPS = 250e12  # a second, on an H100: for `estimate`
@@ -195,11 +195,7 @@ def model_config(texts: TextProblem, language: Language, point: Point) -> bahe_j
 def train_settings(texts: TextProblem, config: BaheText) -> tuple[TrainConfig, int]:
     """Settings of a language model's training, and the batch."""
     size = min(config.batch_size, len(texts.train))
-    count = max(2, round(config.epochs * len(texts.train) / size))
-    count -= count % steps.CALL if count > steps.CALL else 0  # whole calls: no other shape is compiled
-    settings = TrainConfig(
-        steps=count, learning_rate=config.learning_rate, decay="linear", warmup=max(1, count // 20), b2=0.99
-    )
+    settings = settings_for(len(texts.train), size, config.epochs, steps.CALL, learning_rate=config.learning_rate)
     return settings, size
 
 

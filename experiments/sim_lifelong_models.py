@@ -19,11 +19,11 @@ import sim_jax.search
 from experiments.progress import Progress
 from experiments.steps import lifelong
 from experiments.steps.lifelong import Feed, Lifelong
+from experiments.steps.runs import Run, saved_run, settings_for
 from rec_core import embedding
 from rec_core.data.world import World
 from rec_core.embedding import Categorical
 from rec_core.interest import ETA, SDIM
-from rec_core.training import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -187,16 +187,13 @@ def train_all(problem: Lifelong, config: SimLifelong) -> Trained:
     )
     done = Trained(problem, lifelong.put(problem))
     size = min(config.batch_size, len(problem.train))
-    steps = max(2, round(config.epochs * len(problem.train) / size))
-    steps -= steps % lifelong.CALL if steps > lifelong.CALL else 0  # whole calls: no other shape is compiled
-    settings = TrainConfig(
-        steps=steps, learning_rate=config.learning_rate, decay="linear", warmup=max(1, steps // 20), b2=0.99
-    )
+    settings = settings_for(len(problem.train), size, config.epochs, lifelong.CALL, learning_rate=config.learning_rate)
+    steps = settings.steps
     names = config.only or tuple(MODELS)
     data = zlib.crc32(b"".join(x.tobytes() for x in (problem.time, problem.user, problem.moment, problem.label)))
     lock, made = threading.Lock(), [0]
 
-    def one(name: str) -> lifelong.Run:
+    def one(name: str) -> Run:
         model, feed = model_config(problem, name, config)
 
         def shown(step: int, steps: int, loss: float) -> None:
@@ -204,19 +201,19 @@ def train_all(problem: Lifelong, config: SimLifelong) -> Trained:
                 made[0] += steps
                 progress.update(made[0], loss=loss, count=steps * size * config.seeds)
 
-        def run() -> lifelong.Run:
+        def run() -> Run:
             shared: dict[str, Any] = {"recent": config.recent, "batch_size": size}
             params, losses = lifelong.train(
                 done.device, problem.train, model, feed, settings, seeds=config.seeds,
                 together=MODELS[name].together, on_call=shown, **shared,
             )  # fmt: skip
             logits = lifelong.scores(done.device, params, problem.test, model, feed, **shared)
-            return lifelong.Run(params, losses, logits)
+            return Run(params, losses, logits)
 
         identity = repr((data, model, feed, settings, config.seeds, config.recent, size, problem.train[[0, -1]]))
         kept = config.out / "models" / f"{problem.name}-{zlib.crc32(identity.encode()):08x}.npz"
         before = kept.exists()
-        found = lifelong.saved_run(kept, run)
+        found = saved_run(kept, run)
         if before:
             shown(steps, steps, float(found.losses[-1].mean()))
         return found

@@ -21,6 +21,7 @@ from bahe_jax import encode, language_model
 from bahe_jax.export import export
 from bahe_jax.table import open_table
 from experiments.steps.bahe_text_data import TextProblem, sequences_of
+from experiments.steps.runs import order
 from rec_core import training
 from rec_core.data import pipeline
 
@@ -150,16 +151,13 @@ def train(
     Raises:
       DivergedError: a loss or gradient was not finite.
     """
-    rng = np.random.default_rng([seed, 7])
-    need = settings.steps * batch_size
-    order = np.concatenate([rng.permutation(index) for _ in range(-(-need // len(index)))])[:need]
-    order = order.reshape(settings.steps, batch_size).astype(np.int32)
-    bahe_jax.check(jax.device_get(_batch(device, jnp.asarray(order[0]))), config)
+    rows = order(index, settings.steps, batch_size, seed)
+    bahe_jax.check(jax.device_get(_batch(device, jnp.asarray(rows[0]))), config)
     state = _begin(weights, jnp.uint32(seed), config=config, settings=settings)
     losses = []
     for first in range(0, settings.steps, CALL):
         state, (found, norms) = _advance(
-            state, device, jnp.asarray(order[first : first + CALL]), config=config, settings=settings
+            state, device, jnp.asarray(rows[first : first + CALL]), config=config, settings=settings
         )
         losses.append(np.asarray(found))
         wrong = int(state.diverged)

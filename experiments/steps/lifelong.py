@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 import sim_jax
 from experiments.steps.problem import Problem
+from experiments.steps.runs import order, saved_arrays
 from rec_core import training
 from rec_core.data.schema import EventLog
 from rec_core.data.world import World, blocks, items_of
@@ -132,36 +133,9 @@ def of_problem(problem: Problem, *, train: int, test: int) -> Lifelong:
 
 def saved(path: Path, make: Callable[[], Lifelong]) -> Lifelong:
     """What `make` gives, kept in a file: a world of long histories takes minutes."""
-    flat = _kept(path, lambda: flatten_dict(vars(make()), sep="."))
+    flat = saved_arrays(path, lambda: flatten_dict(vars(make()), sep="."))
     nested = unflatten_dict({name: x if x.ndim else x.item() for name, x in flat.items()}, sep=".")
     return Lifelong(**{"probability": None, **nested})
-
-
-@dataclass(frozen=True)
-class Run:
-    """A trained model: parameters of all seeds, stacked; losses of its steps and logits of the test samples."""
-
-    params: Any
-    losses: Float[np.ndarray, "steps seeds"]
-    logits: Float[np.ndarray, "seeds n"]
-
-
-def saved_run(path: Path, make: Callable[[], Run]) -> Run:
-    """What `make` gives, kept in a file."""
-    flat = _kept(path, lambda: flatten_dict(vars(make()), sep="/"))
-    return Run(**unflatten_dict(flat, sep="/"))
-
-
-def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Named arrays in a file that is whole or not there."""
-    if not path.exists():
-        made: dict[str, Any] = {name: np.asarray(value) for name, value in make().items() if value is not None}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = path.with_suffix(".partial.npz")
-        np.savez_compressed(partial_file, **made)
-        partial_file.replace(path)
-    with np.load(path) as found:
-        return {name: found[name] for name in found.files}
 
 
 # ---- on the device ---------------------------------------------------------------------------------------------------
@@ -265,11 +239,7 @@ def train(
 
         return over(one)(states, rows)
 
-    rng = [np.random.default_rng([seed, 7]) for seed in range(seeds)]
-    need = settings.steps * batch_size
-    epochs = -(-need // len(index))
-    orders = np.stack([np.concatenate([g.permutation(index) for _ in range(epochs)])[:need] for g in rng])
-    orders = orders.reshape(seeds, settings.steps, batch_size).astype(np.int32)
+    orders = np.stack([order(index, settings.steps, batch_size, seed) for seed in range(seeds)])
     losses = []
     for first in range(0, settings.steps, CALL):
         states, found = run(states, device, jnp.asarray(orders[:, first : first + CALL]))

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from experiments.steps.problem import Problem
 from experiments.steps.rank import rank_batch
+from experiments.steps.runs import order
 from rec_core import metrics, training
 from rec_core.embedding import Categorical, Continuous
 from rec_core.ranking import ctr
@@ -177,8 +178,7 @@ def train(
     """
     settings = replace(settings, learning_rate=1.0)
     states = _begin(jnp.asarray(seeds, jnp.uint32), model=model, config=config, settings=settings)
-    orders = np.stack([_order(data.train, settings.steps * batch_size, int(seed)) for seed in seeds])
-    orders = orders.reshape(len(seeds), settings.steps, batch_size).astype(np.int32)
+    orders = np.stack([order(data.train, settings.steps, batch_size, int(seed)) for seed in seeds])
     losses = []
     for first in range(0, settings.steps, CALL):
         rows = jnp.asarray(orders[:, first : first + CALL])
@@ -228,11 +228,6 @@ def _scores(params: Any, batch: Any, rows: Array, *, model: Any, config: Any) ->
 
     logits: Array = jax.lax.map(some, rows)
     return logits
-
-
-def _order(index: np.ndarray, need: int, seed: int) -> np.ndarray:
-    rng = np.random.default_rng([seed, 7])
-    return np.concatenate([rng.permutation(index) for _ in range(-(-need // len(index)))])[:need]
 
 
 def _evenly(index: np.ndarray, count: int) -> np.ndarray:

@@ -34,6 +34,13 @@ class Call:
     self_term: bool
     platform: str  # "cpu", "gpu" or "tpu": JAX's default backend
 
+    @classmethod
+    def of(cls, q: Array, k: Array, *, self_term: bool) -> "Call":
+        """The call of arrays [B, T, H, D] and [B, S, K, D], or of their shapes, on this machine."""
+        batch, rows, heads, width = q.shape
+        keys, kv_heads = k.shape[1:3]
+        return cls(batch, rows, keys, heads, kv_heads, width, str(q.dtype), self_term, jax.default_backend())
+
 
 @dataclass(frozen=True)
 class Implementation:
@@ -117,20 +124,7 @@ def range_attention(
             )
         k_self, v_self = k, v
     _check(q, k, v, k_start, k_end, k_self, v_self, self_term)
-    name = choose(
-        Call(
-            batch=q.shape[0],
-            rows=q.shape[1],
-            keys=k.shape[1],
-            heads=q.shape[2],
-            kv_heads=k.shape[2],
-            head_width=q.shape[3],
-            dtype=str(q.dtype),
-            self_term=self_term,
-            platform=jax.default_backend(),
-        ),
-        implementation,
-    )
+    name = choose(Call.of(q, k, self_term=self_term), implementation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     function = IMPLEMENTATIONS[name].function
     if IMPLEMENTATIONS[name].opaque:

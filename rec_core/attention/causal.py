@@ -46,10 +46,7 @@ def _ranged(q: Array, k: Array, v: Array, **options: Any) -> Array:
 def _cudnn_trains(q: Array, k: Array) -> bool:
     if q.ndim != 4 or k.ndim != 4 or q.shape[-1] not in CUDNN_WIDTHS or q.shape[1] % 2:  # it takes even lengths
         return False
-    sizes = dict(zip(("batch", "rows", "heads", "head_width"), q.shape, strict=True))
-    keys = {"keys": k.shape[1], "kv_heads": k.shape[2]}
-    call = Call(**sizes, **keys, dtype=str(q.dtype), self_term=True, platform=jax.default_backend())
-    return choose(call) == "mosaic_gpu"
+    return choose(Call.of(q, k, self_term=True)) == "mosaic_gpu"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -195,9 +195,9 @@ class MIMN(Interest):
     def auxiliary(self, encoded: Any, negatives: Float[Array, "B T d"] | None = None) -> dict[str, losses.Sum]:
         """`{"utilisation": sum}`: `sum_i (g(i) - mean(g))^2` (equation 11), over the users with behaviours.
 
-        Ours: g is the slot's share of the user's writes, not their number, whose square would outgrow every other loss
-        on long sequences (7,000 at 500 behaviours). Zero where all slots had the same share. It teaches the shift of
-        the writes, so without `balance` there is no such loss. `negatives` are not read.
+        Ours: g is the slot's share of the user's writes, not their number, whose square outgrows every other loss on
+        long sequences. Zero where all slots had the same share. It teaches the shift of the writes, so without
+        `balance` there is no such loss. `negatives` are not read.
         """
         if not self.balance:
             return {}

@@ -16,8 +16,8 @@ from experiments.bahe_text_models import FAMILY, QUICK, BaheText, Outcome, model
 from experiments.steps import bahe_text as steps
 from experiments.steps.bahe_text import Language, Words
 from experiments.steps.bahe_text_data import LATELY, make_texts, sequences_of
-from experiments.steps.lifelong import Run
 from experiments.steps.problem import Problem
+from experiments.steps.runs import Run
 from rec_core import metrics, partition
 from rec_core.data.samples import DISLIKED, LIKED, Behaviors, Samples
 from rec_core.data.schema import DataError

@@ -1,0 +1,53 @@
+"""What the experiments that train on the device share: whole calls of steps, orders of samples, runs kept in files."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Float, Int
+
+from rec_core.training import TrainConfig
+
+
+def settings_for(samples: int, batch_size: int, epochs: float, call: int, **options: Any) -> TrainConfig:
+    """Adam with linear decay over so many epochs, in whole calls of `call` steps: one shape is compiled."""
+    steps = max(2, round(epochs * samples / batch_size))
+    steps -= steps % call if steps > call else 0
+    return TrainConfig(steps=steps, decay="linear", warmup=max(1, steps // 20), b2=0.99, **options)
+
+
+def order(index: Int[np.ndarray, " n"], steps: int, batch_size: int, seed: int) -> Int[np.ndarray, "steps B"]:
+    """The samples of each step: all of `index` in an order of the seed's own, and again in another."""
+    rng, need = np.random.default_rng([seed, 7]), steps * batch_size
+    drawn = np.concatenate([rng.permutation(index) for _ in range(-(-need // len(index)))])[:need]
+    return drawn.reshape(steps, batch_size).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model: parameters of all seeds, stacked; losses of its steps and logits of the test samples."""
+
+    params: Any
+    losses: Float[np.ndarray, "steps seeds"]
+    logits: Float[np.ndarray, "seeds n"]
+
+
+def saved_run(path: Path, make: Callable[[], Run]) -> Run:
+    """What `make` gives, kept in a file."""
+    flat = saved_arrays(path, lambda: flatten_dict(vars(make()), sep="/"))
+    return Run(**unflatten_dict(flat, sep="/"))
+
+
+def saved_arrays(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Named arrays in a file that is whole or not there; made if it is not."""
+    if not path.exists():
+        made: dict[str, Any] = {name: np.asarray(value) for name, value in make().items() if value is not None}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_file = path.with_suffix(".partial.npz")
+        np.savez_compressed(partial_file, **made)
+        partial_file.replace(path)
+    with np.load(path) as found:
+        return {name: found[name] for name in found.files}
