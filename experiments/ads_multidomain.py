@@ -17,8 +17,9 @@ chosen by validation AUC too. The test period is scored once, by the final runs.
 candidate's category (its first genre) serves, as the paper has it on Taobao's data.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -82,12 +83,13 @@ def _all_data(config: AdsMultidomain) -> Iterable[Impressions]:
             yield make(make_problem(load(Data(data=found, data_dir=folder, prepared=prepared))), source)
 
 
-def gain(done: Outcome, a: str, b: str, resamples: int) -> Interval:
-    """AUC of model b minus AUC of model a on the test period, paired over users and seeds."""
+def gain(done: Outcome, a: str, b: str, resamples: int) -> Callable[[], Interval]:
+    """What gives AUC of model b minus AUC of model a on the test period, paired over users and seeds."""
     data = done.data
-    return statistics.auc_difference(
-        data.label[data.test], done.tuned[a].test, done.tuned[b].test, data.user[data.test], resamples=resamples
-    )
+    return partial(
+        statistics.auc_difference,
+        data.label[data.test], done.tuned[a].test, done.tuned[b].test, data.user[data.test], resamples=resamples,
+    )  # fmt: skip
 
 
 def imp_of(difference: Interval, base: float) -> Interval:
@@ -140,10 +142,12 @@ def _publish(config: AdsMultidomain, outcomes: list[Outcome], started: Any) -> r
     for done in outcomes:
         data = done.data
         labels, users = data.label[data.test], data.user[data.test]
-        intervals = {
-            name: statistics.auc_interval(labels, tuned.test, users, resamples=config.resamples)
-            for name, tuned in done.tuned.items()
-        }
+        intervals = statistics.together(
+            {
+                name: partial(statistics.auc_interval, labels, tuned.test, users, resamples=config.resamples)
+                for name, tuned in done.tuned.items()
+            }
+        )
         for name, tuned in done.tuned.items():
             shared: results.Row = {"data": data.name, "model": name, "learning_rate": tuned.rate}
             shared |= {"parameters": done.parameters[name], "valid_auc": mean_auc(done, name, "valid")}
@@ -190,13 +194,22 @@ def _compare(
     done: Outcome, config: AdsMultidomain, rows: list[results.Row], numbers: dict[str, float]
 ) -> dict[str, Interval]:
     """The comparisons of one data set; their rows, and the figures of the main one."""
-    compared: dict[str, Interval] = {}
+    wanted: dict[str, tuple[str, str]] = {}
 
     def add(key: str, a: str | None, b: str) -> None:
-        if a is None or a not in done.tuned or b not in done.tuned:
-            return
-        difference, base = gain(done, a, b, config.resamples), mean_auc(done, a)
-        compared[f"{b} - {a}"] = difference
+        if a is not None and a in done.tuned and b in done.tuned:
+            wanted[key] = a, b
+
+    for attention in ATTENTIONS:
+        key, ads = attention.lower(), f"{attention} + ADS"
+        add(key, best_rival(done, attention), ads)
+        add(f"{key}_over_alone", attention, ads)
+        add(f"{key}_over_constant_domain", f"{ads}, E_D constant", ads)
+        add(f"{key}_pcrg", f"{ads} without PCRG", ads)
+        add(f"{key}_over_dnn", "DNN", attention)
+    found = statistics.together({pair: gain(done, *pair, config.resamples) for pair in wanted.values()})
+    for key, (a, b) in wanted.items():
+        difference, base = found[a, b], mean_auc(done, a)
         values = {"auc_difference": difference}
         if base > 0.5:  # below, Imp is not defined
             values["imp"] = imp_of(difference, base)
@@ -206,15 +219,7 @@ def _compare(
             row |= parts
             numbers.update({f"{key}_{part}": x for part, x in parts.items()})
         rows.append(row)
-
-    for attention in ATTENTIONS:
-        key, ads = attention.lower(), f"{attention} + ADS"
-        add(key, best_rival(done, attention), ads)
-        add(f"{key}_over_alone", attention, ads)
-        add(f"{key}_over_constant_domain", f"{ads}, E_D constant", ads)
-        add(f"{key}_pcrg", f"{ads} without PCRG", ads)
-        add(f"{key}_over_dnn", "DNN", attention)
-    return compared
+    return {f"{b} - {a}": value for (a, b), value in found.items()}
 
 
 def _at_zero(compared: dict[str, Interval], numbers: dict[str, float]) -> None:

@@ -44,7 +44,7 @@ class AdsMultidomain:
     out: Path = Path("runs/ads-multidomain")
     quick: bool = False
     only: tuple[str, ...] = ()
-    dials: tuple[float, ...] = (0.0, 0.2, 0.4, 0.7, 1.0)
+    dials: tuple[float, ...] = (0.0, 0.4, 1.0)
     main: float = 0.4
     ml_1m: Path | None = None
     taobao: Path | None = None

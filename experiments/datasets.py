@@ -25,8 +25,8 @@ class Data:
     Attributes:
       data: "world" is generated; "ml-1m", "ml-20m", "taobao" and "amazon" are read in their official layouts; "table"
         is any CSV or Parquet; "prepared" is a folder that `prepare` has written.
-      data_dir: folder (or file) of the source. Without it, $USERSCALE_DATA/<name> is taken where it exists; else the
-        source is downloaded and checked.
+      data_dir: folder (or file) of the source; a folder that `prepare` has written from it serves too. Without it,
+        $USERSCALE_DATA/<name> is taken where it exists; else the source is downloaded and checked.
       columns: for "table", field=column pairs such as user=uid item=sku time=ts rating=stars. Fields: user, item,
         time, category, domain, behavior, rating, label, text.
       positive: rating above which an event is positive. Default: 3 for MovieLens; with Taobao, any behaviour but a
@@ -51,10 +51,13 @@ def load(data: Data, *, world: World | None = None, log: Callable[[str], None] =
     """The prepared dataset, made where it is not there yet."""
     if data.data == "world":
         return make_world(world or World(), data.prepared, log=log)
-    if data.data == "prepared":
-        if data.data_dir is None:
-            raise DataError("data='prepared' needs data_dir: a folder that `python -m experiments prepare` has written")
+    if data.data == "prepared" and data.data_dir is None:
+        raise DataError("data='prepared' needs data_dir: a folder that `python -m experiments prepare` has written")
+    if data.data_dir is not None and (data.data == "prepared" or (data.data_dir / "meta.json").is_file()):
         found = open_dataset(data.data_dir)
+        source = found.meta.get("name")
+        if data.data not in ("prepared", "table") and not str(source).startswith(data.data):
+            raise DataError(f"{data.data_dir} was prepared from {source!r}, asked for was {data.data!r}")
         for line in describe(found):
             log(line)
         return found

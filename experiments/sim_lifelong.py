@@ -15,6 +15,7 @@ DIEN) and the same head; they see the same samples in the same orders.
 """
 
 import zlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -82,7 +83,9 @@ def _publish(config: SimLifelong, outcomes: list[Trained], started: Any) -> resu
         problem = done.problem
         suffix = "" if problem.name == "world" else f"_{problem.name.replace('-', '')}"
         labels, users = problem.label[problem.test], problem.user[problem.test]
-        intervals = {n: statistics.auc_interval(labels, x, users, resamples=300) for n, x in done.logits.items()}
+        intervals = statistics.together(
+            {n: partial(statistics.auc_interval, labels, x, users, resamples=300) for n, x in done.logits.items()}
+        )
         for name, logits in done.logits.items():
             for seed in range(config.seeds):
                 row: results.Row = {
@@ -103,7 +106,7 @@ def _publish(config: SimLifelong, outcomes: list[Trained], started: Any) -> resu
             what = "oracle (true probability, a function of the history)" if problem.reachable else "oracle"
             headline.append({"data": problem.name, "model": what, "AUC": oracle})
         pairs = [(a, b) for a, b in ORDER if a in done.logits and b in done.logits]
-        gains = {f"{b} - {a}": _gain(done, a, b) for a, b in pairs}
+        gains = statistics.together({f"{b} - {a}": _gain(done, a, b) for a, b in pairs})
         for what, gain in gains.items():
             rows.append(
                 {"data": problem.name, "difference": what, "mean": gain.mean, "low": gain.low, "high": gain.high}
@@ -155,11 +158,12 @@ def _publish(config: SimLifelong, outcomes: list[Trained], started: Any) -> resu
     return outcome
 
 
-def _gain(done: Trained, a: str, b: str) -> statistics.Interval:
+def _gain(done: Trained, a: str, b: str) -> Callable[[], statistics.Interval]:
     index = done.problem.test
-    return statistics.auc_difference(
-        done.problem.label[index], done.logits[a], done.logits[b], done.problem.user[index], resamples=300
-    )
+    return partial(
+        statistics.auc_difference,
+        done.problem.label[index], done.logits[a], done.logits[b], done.problem.user[index], resamples=300,
+    )  # fmt: skip
 
 
 def _long_term_panels(

@@ -8,6 +8,11 @@ interval (Efron and Tibshirani, 1993, chapter 13). The spread over S seeds of a 
 and the interval says nothing about another training run.
 """
 
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -137,6 +142,29 @@ def across_seeds(values: Float[np.ndarray, "S"], *, level: float = 0.95) -> Inte
     mean = float(values.mean())
     text = f"t-interval across {n} seeds"
     return Interval(mean, mean - half, mean + half, level, text, tuple(values.tolist()), seeds=n)
+
+
+def together[K](jobs: Mapping[K, Callable[[], Interval]], *, worth: float = 10.0) -> dict[K, Interval]:
+    """Intervals that do not wait for each other, by name: in processes where they would take more than `worth` seconds.
+
+    Args:
+      jobs: what gives each, such as `functools.partial(auc_interval, ...)`: it and its arrays are pickled.
+    """
+    found: dict[K, Interval] = {}
+    began = time.perf_counter()
+    for name, job in jobs.items():
+        spent, left = time.perf_counter() - began, len(jobs) - len(found)
+        if found and left > 1 and spent / len(found) * left > worth:
+            break
+        found[name] = job()
+    waiting = {name: job for name, job in jobs.items() if name not in found}
+    if waiting:
+        # Spawned: a fork of a process that runs JAX's threads may hang.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(len(waiting), os.cpu_count() or 1), mp_context=context) as pool:
+            begun = {name: pool.submit(job) for name, job in waiting.items()}
+            found |= {name: future.result() for name, future in begun.items()}
+    return found
 
 
 def _auc(

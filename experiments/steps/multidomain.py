@@ -60,8 +60,9 @@ def make_impressions(
     """The newest `train` training samples, and up to `test` of the validation and of the test period, evenly taken.
 
     The explicit domain is the source's; where it has none, the candidate's category, as the paper has it on Taobao's
-    data. The implicit one is how many behaviours the user has by then, cut at powers of two. All features have one
-    width, which the networks over fields need.
+    data. The implicit one is how many behaviours the user has by then, cut at powers of two. Where the source has
+    domains, each behaviour and the candidate carry theirs ("place"), for every model. All features have one width,
+    which the networks over fields need.
 
     Args:
       length: behaviours that every model reads, the newest.
@@ -78,14 +79,19 @@ def make_impressions(
     domains = sizes["domain" if own else "category"]
     activity = (samples.end - samples.start)[index].astype(np.float32)
     read = rank_batch(problem, index, np.ones(len(index), np.float32), None, length)
+    if own:  # where each behaviour happened, and where the candidate is shown
+        place, mask = problem.behaviors.history(samples.start[index], samples.end[index], length)
+        where = (problem.behaviors.columns["domain"][place] * mask).astype(np.int32)
+        read = replace(read, sequence={**read.sequence, "place": where}, target={**read.target, "place": domain})
     batch = replace(
         read,
         user={**read.user, "user": samples.user[index].astype(np.int32)},
         context={"domain": domain, "activity": activity},
     )
-    item_fields = [field for field in ("item", "category", "feedback") if field in read.target]
+    fields = {name: sizes[name] for name in ("item", "category", "feedback") if name in read.target}
+    fields |= {"place": domains} if own else {}
     settings: dict[str, Any] = {
-        "item_features": tuple(Categorical(field, sizes[field], width) for field in item_fields),
+        "item_features": tuple(Categorical(name, size, width) for name, size in fields.items()),
         "user_features": (
             Categorical("user", problem.behaviors.users, width),
             *(Categorical(field, size, width) for field, size in sorted(problem.user_feature_sizes.items())),

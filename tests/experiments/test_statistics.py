@@ -1,5 +1,7 @@
 """Intervals: equal to plain computation, covering what they claim, and refusing what has no answer."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -183,3 +185,15 @@ def test_draws_of_one_class_are_drawn_again():
     user[0] = 2
     found = auc_interval(labels, np.array([[0.9, 0.1, 0.2, 0.3, 0.5, 0.25]]), user, resamples=100)
     assert 0 <= found.low <= found.mean <= found.high <= 1
+
+
+def test_intervals_made_in_processes_of_their_own_are_those_made_in_turn():
+    rng = np.random.default_rng(5)
+    labels, scores, user = problem(rng, users=10, samples=60, seeds=2)
+    jobs = {i: partial(auc_interval, labels, scores + i, user, resamples=20, seed=i) for i in range(4)}
+    in_turn = {i: job() for i, job in jobs.items()}
+    assert statistics.together(jobs, worth=0.0) == in_turn == statistics.together(jobs)
+    assert len({found.low for found in in_turn.values()}) > 1
+    broken = jobs | {3: partial(auc_interval, labels, scores[:, 1:], user)}
+    with pytest.raises(ValueError, match="expected one user id for each"):
+        statistics.together(broken, worth=0.0)
