@@ -211,13 +211,13 @@ def _pooled(params: Any, batch: Rows, place: Int[Array, " n"], config: Config) -
     segment = jnp.arange(1, batch.tokens.shape[1] + 1)
     mask = batch.segment_ids[:, None] == segment[:, None]
     pooled = pool(states, mask, config.pooling, lower.query(params, "lower"))
-    return pooled.reshape(-1, states.shape[-1])[place]
+    return pooled.reshape(-1, states.shape[-1])[place].astype(jnp.float32)  # here: the host is slow at it
 
 
 @partial(jax.jit, static_argnames="config")
 def _states(params: Any, batch: Rows, place: Int[Array, "n K"], config: Config) -> Float[Array, "n K d"]:
     states = lower.encode_rows(params, batch, config).reshape(-1, config.language_model.width)
-    return jnp.where((place >= 0)[..., None], states[place], 0)
+    return jnp.where((place >= 0)[..., None], states[place], 0).astype(jnp.float32)
 
 
 def _check(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class PackedTexts:
         """Number of rows."""
         return self.plan.rows
 
-    @property
+    @cached_property
     def segment(self) -> Int[np.ndarray, " n"]:
         """int32[n], the number of each text in its row, from 1."""
         segment = np.empty(len(self.lengths), np.int32)
@@ -53,10 +54,13 @@ class PackedTexts:
 
     def batch(self, rows: Integer[np.ndarray, " b"] | None = None) -> Batch:
         """Rows by number (None: all of them) as one batch, `[b, row_length]` each."""
-        ends = np.cumsum(self.lengths, dtype=np.int64)
-        windows = Windows(np.arange(len(ends)), ends - self.lengths, self.lengths)
         rows = np.arange(self.rows) if rows is None else rows
-        return Batch(**gather(self.plan, windows, {"tokens": self.tokens}, rows))
+        return Batch(**gather(self.plan, self._windows, {"tokens": self.tokens}, rows))
+
+    @cached_property
+    def _windows(self) -> Windows:  # of all texts: made once, not for each batch of a large catalogue
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        return Windows(np.arange(len(ends)), ends - self.lengths, self.lengths)
 
 
 def pack_texts(texts: Sequence[Integer[np.ndarray, " _"]], row_length: int) -> PackedTexts:

@@ -27,7 +27,7 @@ from experiments.ads_multidomain_models import AdsMultidomain, model_config
 from experiments.datasets import make_world
 from experiments.results import Row
 from experiments.statistics import Interval
-from experiments.steps import ads_scale, ads_step, ads_timing, multidomain
+from experiments.steps import ads_scale, ads_step, multidomain, timing
 from experiments.steps.ads_scale import Sizes
 from experiments.steps.ads_step import Variant
 from experiments.steps.multidomain import CALL, Impressions, Tuned
@@ -122,7 +122,7 @@ def measure_cost(config: AdsChunks) -> list[Row]:
     sizes = ads_scale.TINY if config.quick else Sizes()
     lower = {("whole step", v): partial(ads_step.lower_whole, sizes, v, make_mesh()) for v in config.variants}
     lower |= {("dense part", v): partial(ads_step.lower_dense, sizes, v) for v in config.variants}
-    programs = ads_timing.compile_all(lower, log=partial(print, flush=True))
+    programs = timing.compile_all(lower, log=partial(print, flush=True))
     rows: list[Row] = []
     for what, measure in (("whole step", ads_step.measure_whole), ("dense part", ads_step.measure_dense)):
         own = {variant: programs[what, variant] for variant in config.variants}

@@ -28,10 +28,10 @@ import jax
 
 from experiments import figures, progress, report, results
 from experiments.results import Row
-from experiments.steps import ads_request, ads_scale, ads_step, ads_timing
+from experiments.steps import ads_request, ads_scale, ads_step, timing
 from experiments.steps.ads_scale import Sizes
 from experiments.steps.ads_step import Variant
-from experiments.steps.ads_timing import Program
+from experiments.steps.timing import Program
 from rec_core.sharding import make_mesh
 
 ATTENTIONS = ("MHA", "DIN", "CAN")
@@ -155,7 +155,7 @@ def _measure_attention(config: AdsCost, sizes: Sizes, attention: str, measured: 
                 lower["request", variant] = partial(
                     ads_request.lower_score, sizes, variant, config.candidates, config.at_a_time
                 )
-    programs = ads_timing.compile_all(lower, log=_log) if measured.left() > 0 else {}
+    programs = timing.compile_all(lower, log=_log) if measured.left() > 0 else {}
     steps: dict[str, Any] = {"steps": config.steps, "repeats": config.repeats}
     asked: dict[str, Any] = {"candidates": config.candidates, "requests": config.requests}
     measures: dict[str, Callable[..., tuple[list[Row], Any]]] = {
@@ -184,7 +184,7 @@ def _measure_devices(config: AdsCost, sizes: Sizes, measured: _Measured) -> None
         name: partial(ads_step.lower_whole, sizes, variant, make_mesh(devices), batch)
         for name, (devices, batch) in cases.items()
     }
-    programs = ads_timing.compile_all(lower, log=_log)
+    programs = timing.compile_all(lower, log=_log)
     measured.add(
         f"{more} devices",
         lambda: ads_step.measure_devices(

@@ -138,7 +138,8 @@ def model_config(data: Impressions, name: str, settings: AdsMultidomain) -> tupl
         values["query_features"] = (Categorical("item", item[0].size, size, table="co_action"),)
     if not model.personal:
         return ctr, ctr.Config(**values)
-    return ads_jax, ads_jax.Config(**values, length=settings.length, items=settings.items_per_chunk)
+    # Histories have their padding first.
+    return ads_jax, ads_jax.Config(**values, length=settings.length, items=settings.items_per_chunk, arranged=True)
 
 
 @dataclass

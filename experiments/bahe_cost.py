@@ -12,6 +12,7 @@ Zipf's law. Memory is the peak as compiled: parameters, optimizer, batch and tem
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,7 +22,8 @@ import bahe_jax
 from bahe_jax import cost
 from experiments import figures, progress, report, results
 from experiments.results import Row
-from experiments.steps.bahe_train import SMOLLM2, TINY, Measured, Texts, encoding_speed, measure
+from experiments.steps import timing
+from experiments.steps.bahe_train import SMOLLM2, TINY, Measured, Texts, encoding_speed, lower_step, measure
 
 # Dense bfloat16 products a second, as the makers publish them; the denominator of MFU.
 PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
@@ -84,16 +86,21 @@ def run(config: BaheCost) -> results.Result:
         config = BaheCost(**(vars(config) | QUICK))
     started = results.begin()
     model = bahe_jax.Config((TINY if config.quick else SMOLLM2).running(remat=config.remat), config.sequences)
+    cases = {
+        (length, name): replace(model, setting=setting, lower=lower)
+        for length in config.lengths
+        for name, (setting, lower) in CASES.items()
+    }
+    programs = timing.compile_all({key: partial(lower_step, _texts(config, key[0]), own) for key, own in cases.items()})
     rows = [_encoding(config, model)]
     speed = float(rows[0]["tokens_per_s"] or 0)
-    for length in config.lengths:
-        for name, (setting, lower) in CASES.items():
-            rows.append(_case(config, replace(model, setting=setting, lower=lower), name, length, speed))
-            print(progress.table(rows[-1:]), flush=True)
-            # After each: a run that is cut short keeps what it has measured.
-            found = summarize(rows, small=config.quick)
-            outcome = results.record("bahe_cost", started=started, seeds=[0], rows=rows, figures=found)
-            results.write(config.out / "result.json", outcome)
+    for (length, name), own in cases.items():
+        rows.append(_case(config, own, name, length, speed, programs[length, name]))
+        print(progress.table(rows[-1:]), flush=True)
+        # After each: a run that is cut short keeps what it has measured.
+        found = summarize(rows, small=config.quick)
+        outcome = results.record("bahe_cost", started=started, seeds=[0], rows=rows, figures=found)
+        results.write(config.out / "result.json", outcome)
     report.write(config.out / "report.html", page(config, outcome))
     print(progress.table(rows))
     print(f"report: {config.out / 'report.html'}   result: {config.out / 'result.json'}   {outcome.seconds:.0f} s")
@@ -114,16 +121,22 @@ def _encoding(config: BaheCost, model: bahe_jax.Config) -> Row:
     return row | {"mfu": flops / peak if peak else None, "texts": config.texts}
 
 
-def _case(config: BaheCost, model: bahe_jax.Config, name: str, length: int, speed: float) -> Row:
-    """A row; where the step does not fit the device, one that says so."""
-    texts = Texts(config.batch, length, config.sequences, config.tokens, config.behaviors)
+def _texts(config: BaheCost, length: int) -> Texts:
+    return Texts(config.batch, length, config.sequences, config.tokens, config.behaviors)
+
+
+def _case(
+    config: BaheCost, model: bahe_jax.Config, name: str, length: int, speed: float, program: timing.Program
+) -> Row:
+    """A row; where the step could not run on the device, one that says why."""
+    texts = _texts(config, length)
     row: Row = {"what": name, "length": length, "batch": config.batch, "behaviors": texts.most}
+    if program.call is None:
+        return row | {"reason": program.reason}
     try:
-        found: Measured = measure(texts, model, steps=config.steps, repeats=config.repeats)
+        found: Measured = measure(texts, model, program, steps=config.steps, repeats=config.repeats)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return row | {"reason": "out of the device's memory: give a smaller batch or remat"}
+        return row | {"reason": timing.why(error)}
     distinct = round(found.share * config.batch * (config.sequences * texts.most + 1))
     built = config.batch * config.distinct_per_sample * config.tokens / speed * 1000
     in_table = model.lower == "table"

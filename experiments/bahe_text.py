@@ -114,7 +114,9 @@ def read_language(config: BaheText) -> Language:
     if config.model is None:
         raise ValueError("model is not given: name the folder or .gguf file of SmolLM2-135M, or take --quick")
     params, model = bahe_jax.read(config.model)
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     model = model.running(dtype=dtype, remat=config.remat)
     return Language(params, model, bahe_jax.read_tokenizer(config.model, model))
 

@@ -44,6 +44,8 @@ class BaheText:
       batch_size, learning_rate: of the language model's training, Adam with linear decay. rank_batch: of the click
         models without text.
       remat: what the backward pass computes again: "none", "dots" or "full".
+      dtype: of the language model's computation; "auto" is float32 on a CPU and bfloat16 elsewhere. Runs are kept by
+        it: to report on a CPU what an accelerator trained, say "bfloat16".
       limit: most tokens of a behaviour's or item's text.
       history: behaviours that the click models without text read.
       interest: of these: "average" (the DNN) or "din".
@@ -71,6 +73,7 @@ class BaheText:
     learning_rate: float = 2e-4
     rank_batch: int = 512
     remat: Literal["none", "dots", "full"] = "none"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     limit: int = 32
     history: int = 100
     interest: Literal["average", "din"] = "average"

@@ -3,9 +3,25 @@
 python -m experiments readme      # rewrites what stands between the two `figures` marks
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from experiments import results
+from experiments import readme_sections, results
+from experiments.readme_sections import (
+    PAIRED,
+    Values,
+    command,
+    data_name,
+    device,
+    difference,
+    interval,
+    joined,
+    machine,
+    prose,
+    table,
+)
+from experiments.results import Result
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -20,12 +36,15 @@ NAMES = {
 
 
 def section(folder: Path = RESULTS) -> str:
-    """The marked part, marks included, from the result files in `folder`."""
-    parts = [part for part in (_lum(folder), _serving(folder), _dcaf(folder)) if part]
-    return "\n".join([BEGIN, "", *(line for part in parts for line in [*part, ""]), END])
+    """The marked part, marks included, from the result files in `folder`; a part appears when its file is there."""
+    parts = [_lum(folder)]
+    for name, write in PARTS.items():
+        if (folder / f"{name}.json").exists():
+            parts.append(write(results.read(folder / f"{name}.json")))
+    return joined(BEGIN, *parts, END)
 
 
-def _lum(folder: Path) -> list[str]:
+def _lum(folder: Path) -> str:
     rows = [
         "| data | device, seeds | DIN | + LUM's answers | difference, 95 % interval | oracle |",
         "|---|---|---|---|---|---|",
@@ -37,12 +56,12 @@ def _lum(folder: Path) -> list[str]:
         f = result.figures
         oracle = f"{f['oracle_auc']:.4f}" if "oracle_auc" in f else ""
         rows.append(
-            f"| {title} | {_device(result)} | {f['din_auc']:.4f} | {f['din_lum_auc']:.4f} | "
-            f"{_interval(f, 'gain_auc')} | {oracle} |"
+            f"| {title} | {device(result)} | {f['din_auc']:.4f} | {f['din_lum_auc']:.4f} | "
+            f"{interval(f, 'gain_auc')} | {oracle} |"
         )
-        laws.append(f"| {title} | {_interval(f, 'size_law_slope')} | {_interval(f, 'length_law_slope')} |")
-        commands.append(f"- {title}: {_command(result, name)}")
-    return [
+        laws.append(f"| {title} | {interval(f, 'size_law_slope')} | {interval(f, 'length_law_slope')} |")
+        commands.append(f"- {title}: {command(result, name)}")
+    lines = [
         "AUC of DIN on the last tenth of the time, without and with LUM's answers, on the same samples and seeds:",
         "",
         *rows,
@@ -55,13 +74,76 @@ def _lum(folder: Path) -> list[str]:
         "",
         *commands,
     ]
+    return "\n".join(lines)
 
 
-def _serving(folder: Path) -> list[str]:
-    """SIM's behaviour tree, once it is measured, and what was measured of ranking and training on an accelerator."""
-    if not (folder / "sim_serving.json").exists():
-        return []
-    result = results.read(folder / "sim_serving.json")
+def _lifelong(result: Result) -> str:
+    """SIM and its rivals: AUC, the published order in pairs, what the searches find, clicks of long-term interest."""
+    f, rows = result.figures, result.rows
+    auc: dict[Any, dict[Any, list[float]]] = {}
+    for row in rows:
+        if isinstance(value := row.get("test_auc"), int | float):
+            auc.setdefault(row["model"], {}).setdefault(row["data"], []).append(value)
+    data = list(dict.fromkeys(row["data"] for row in rows))
+    titles = [data_name(name) for name in data]
+    levels = [[str(model), *(_seeds(own.get(name, [])) for name in data)] for model, own in auc.items()]
+    if "oracle_auc" in f:
+        levels.append(["oracle", *(f"{f['oracle_auc']:.4f}" if name == "world" else "" for name in data)])
+    pairs: dict[Any, Values] = {(row["data"], row["difference"]): row for row in rows if "difference" in row}
+    order = [
+        [what, *(difference(pairs.get((name, what))) for name in data)] for what in dict.fromkeys(x for _, x in pairs)
+    ]
+    searches = (
+        ("recall_hard_of_soft", "hard search finds {} of what soft search finds"),
+        ("recall_same_category", "{} of that has the target's category"),
+        ("recall_eta_of_exact", "ETA finds {} of the nearest by cosine"),
+        ("recall_sdim_of_exact", "SDIM finds {} of them"),
+    )
+    found = [text.format(f"{100 * f[name]:.1f} %") for name, text in searches if name in f]
+    return joined(
+        prose(
+            "SIM and its rivals over whole histories, all with the same recent behaviours and head "
+            f"({device(result)} seeds). AUC, mean of the seeds (least to most):"
+        ),
+        table(["model", *titles], levels),
+        prose(f"The published order, in each pair first less second (AUC; {PAIRED}):" if order else ""),
+        table(["pair", *titles], order),
+        prose(f"On the synthetic world {', '.join(found)} (means over samples and seeds)." if found else ""),
+        _long_term(result),
+        f"Command: {command(result, 'sim_lifelong')}.",
+    )
+
+
+def _long_term(result: Result) -> str:
+    """Clicks found, by days since the user's last behaviour in the category."""
+    f = result.figures
+    hits: dict[Any, Values] = {(row["days_from"], row["model"]): row for row in result.rows if "hit_at_10" in row}
+    models = list(dict.fromkeys(str(model) for _, model in hits))
+    lines = []
+    for days in dict.fromkeys(days for days, _ in hits):
+        there = [hits.get((days, model)) for model in models]
+        clicks = next(row["clicks"] for row in there if row)
+        cells = [f"{x['hit_at_10']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" if x else "" for x in there]
+        lines.append([f"{days:g}", f"{clicks:,}", *cells])
+    late = ""
+    if hits and "long_term_hit_dien" in f and "long_term_hit_sim" in f:
+        late = f" Beyond 14 days: {models[0]} {f['long_term_hit_dien']:.3f}, {models[-1]} {f['long_term_hit_sim']:.3f}."
+    text = (
+        "Clicks of the synthetic world found in the top 10 of 100 candidates, by days (from) since the user's last "
+        f"behaviour in the category (95 % intervals by bootstrap over users and seeds).{late}"
+    )
+    return joined(prose(text if lines else ""), table(["days", "clicks", *models], lines))
+
+
+def _seeds(values: Sequence[float]) -> str:
+    """Mean, least and most of the seeds."""
+    if len(values) < 2:
+        return f"{values[0]:.4f}" if values else ""
+    return f"{sum(values) / len(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+
+
+def _serving(result: Result) -> str:
+    """SIM's behaviour tree, and what was measured of ranking and training on an accelerator."""
     f = result.figures
     wanted = (
         ("tree of 10 M events built, s", "build_10m_s", "30 or less", ".1f"),
@@ -78,7 +160,7 @@ def _serving(folder: Path) -> list[str]:
     )
     thousand = {"append_events_per_s": 1e-3}
     elsewhere = sorted({str(row["device"]) for row in result.rows if "device" in row})
-    return [
+    lines = [
         f"SIM's behaviour tree ({result.device.get('processor')}, {result.device.get('cores')} cores"
         + (f"; ranking and training on {', '.join(elsewhere)}):" if elsewhere else "):"),
         "",
@@ -90,15 +172,13 @@ def _serving(folder: Path) -> list[str]:
             if name in f
         ),
         "",
-        f"Command: {_command(result, 'sim_serving')}.",
+        f"Command: {command(result, 'sim_serving')}.",
     ]
+    return "\n".join(lines)
 
 
-def _dcaf(folder: Path) -> list[str]:
-    """DCAF's replay, once it is measured."""
-    if not (folder / "dcaf.json").exists():
-        return []
-    result = results.read(folder / "dcaf.json")
+def _dcaf(result: Result) -> str:
+    """DCAF's replay."""
     f = result.figures
     shown = (
         ("gain at equal compute", "gain_equal_compute_pct", "3.7"),
@@ -106,8 +186,8 @@ def _dcaf(folder: Path) -> list[str]:
         ("compute saved at equal gain", "compute_saved_pct", "49"),
         ("the same, chosen by estimates", "compute_saved_estimated_pct", "25 (online)"),
     )
-    return [
-        f"DCAF on logs of synthetic worlds, whose true gains are known ({_device(result)} worlds; %, 95 %",
+    lines = [
+        f"DCAF on logs of synthetic worlds, whose true gains are known ({device(result)} worlds; %, 95 %",
         "t-intervals). A gain is the clicks that ranking adds to the page. True gains are an upper bound: nobody has",
         "them before the compute is spent. Published figures are of the authors' log. Against one action for all:",
         "the cheapest with 95 % of the best gain, or the one that gains the most for its cost:",
@@ -115,23 +195,78 @@ def _dcaf(folder: Path) -> list[str]:
         "| | against the cheapest of nearly the best | against the most gain for its cost | published |",
         "|---|---|---|---|",
         *(
-            f"| {title} | {_interval(f, name, 1)} | {_interval(f, name + '_lean', 1)} | {published} |"
+            f"| {title} | {interval(f, name, 1)} | {interval(f, name + '_lean', 1)} | {published} |"
             for title, name, published in shown
         ),
         "",
         f"The multiplier of 1 M requests x 20 actions takes {f['multiplier_1m_s']:.2f} s; its allocation is within",
         f"{f['dual_gap_pct']:.3f} % of the exact linear relaxation. Through three times the traffic and the loss of",
         f"half the capacity {f['surge_failure_pct']:.2g} % of the settled requests fail",
-        f"({f['surge_failure_uncontrolled_pct']:.0f} % without the controller). Command: {_command(result, 'dcaf')}.",
+        f"({f['surge_failure_uncontrolled_pct']:.0f} % without the controller). Command: {command(result, 'dcaf')}.",
     ]
+    return "\n".join(lines)
 
 
-def _device(result: results.Result) -> str:
-    return f"{result.device.get('count', 1)} x {result.device.get('kind')}, {len(result.seeds)}"
+def _attention(result: Result) -> str:
+    """Range attention beside the best rival of the same run."""
+    rows: Sequence[Values] = result.rows
+    quoted = [row for row in rows if row.get("figure") in result.figures and "ms" in row]
+    timed = {(row["case"], row["direction"], row["implementation"]): row for row in rows if "ms" in row}
+    lines = []
+    for row in quoted:
+        in_ms = row["figure"].endswith("_ms")
+        case = f"{row['case'].split('_')[0]} {row['direction']}{', ms' * in_ms}: {row['shape']}"
+        rival = timed.get((row["case"], row["direction"], row.get("rival_name")))
+        if rival is None:
+            lines.append([case, _rate(row, in_ms), "", ""])
+            continue
+        name = " ".join(str(x) for x in (rival["implementation"], rival.get("version")) if x)
+        slower = " (slower)" * (row["speedup"] < 1)
+        lines.append([case, _rate(row, in_ms), f"{_rate(rival, in_ms)} {name}", f"{row['speedup']:.2f}{slower}"])
+    units = (("a matrix product", "tflops", "TFLOP/s"), ("a copy", "gb_per_s", "GB/s"))
+    ceilings = [
+        f"; {what} reached {row[name]:,.0f} {unit}"
+        for row in rows
+        for what, name, unit in units
+        if row["case"] == "ceiling" and name in row
+    ]
+    ours = ", ".join(dict.fromkeys(row["implementation"] for row in quoted))
+    told = " or ".join(
+        dict.fromkeys(f"{row['dtype']}, median [least, most] of {row['repeats']} rounds" for row in quoted)
+    )
+    return joined(
+        prose(
+            f"Range attention ({ours}) beside the fastest of the other implementations in the same run "
+            f"({machine(result)}, jax {result.versions.get('jax')}; {told}{''.join(ceilings)}), TFLOP/s on unmasked "
+            "pairs:"
+            if quoted
+            else ""
+        ),
+        table(["case", "range attention", "best rival", "times faster"], lines),
+        f"Command: {command(result, 'attention_h100')}.",
+    )
 
 
-def _command(result: results.Result, name: str) -> str:
-    return f"`{result.command}` ({result.seconds:.0f} s, commit {result.commit[:12]}; `{name}.json`)"
+def _rate(row: Values, in_ms: bool) -> str:
+    """A measurement with its spread; TFLOP/s follow the milliseconds."""
+    if in_ms:
+        return f"{row['ms']:.4f} [{row['ms_low']:.4f}, {row['ms_high']:.4f}]"
+    work = row["tflops"] * row["ms"]
+    return f"{row['tflops']:.0f} [{work / row['ms_high']:.0f}, {work / row['ms_low']:.0f}]"
+
+
+PARTS: dict[str, Callable[[Result], str]] = {
+    "sim_lifelong": _lifelong,
+    "sim_serving": _serving,
+    "dcaf": _dcaf,
+    "ads_multidomain": readme_sections.multidomain,
+    "ads_chunks": readme_sections.chunks,
+    "ads_cost": readme_sections.ads_cost,
+    "bahe_text": readme_sections.bahe_text,
+    "bahe_cost": readme_sections.bahe_cost,
+    "bahe_encode": readme_sections.bahe_encode,
+    "attention_h100": _attention,
+}
 
 
 def update(path: Path = ROOT / "README.md") -> None:
@@ -139,10 +274,3 @@ def update(path: Path = ROOT / "README.md") -> None:
     text = path.read_text()
     before, rest = text.split(BEGIN, 1)
     results.write_atomically(path, before + section() + rest.split(END, 1)[1])
-
-
-def _interval(figures: dict[str, float], name: str, digits: int = 4) -> str:
-    """The figure with its interval, which its name opens."""
-    low, high = figures[f"{name}_low"], figures[f"{name}_high"]
-    zero = " (0)" if low <= 0 <= high else ""
-    return f"{figures[name]:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{zero}"

@@ -205,6 +205,9 @@ def _long_term_panels(
             )
             what = f"Hit@10 of clicks more than {LONG_TERM_DAYS:.0f} days after the category, {name} against DIEN"
             findings.append(report.difference(what, gain, unit="Hit@10"))
+            rows.append(
+                {"data": done.problem.name, "difference": what, "mean": gain.mean, "low": gain.low, "high": gain.high}
+            )
         numbers["long_term_hit_dien"] = float(found.hits["DIEN"][:, late].mean())
         numbers["long_term_hit_sim"] = float(found.hits[models[-1]][:, late].mean())
     svg = figures.lines(

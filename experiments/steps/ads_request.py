@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from experiments.results import Row
-from experiments.steps import ads_scale, ads_timing
+from experiments.steps import ads_scale, timing
 from experiments.steps.ads_scale import Sizes
 from experiments.steps.ads_step import Variant
-from experiments.steps.ads_timing import GIB, Program
+from experiments.steps.timing import GIB, Program
 from rec_core.sharding import make_mesh
 
 _DIFFERENT = 16  # requests that are asked in turn
@@ -58,7 +58,7 @@ def measure_requests(
         return ms
 
     there = {variant.name: partial(run, variant) for variant, program in programs.items() if program.call is not None}
-    ms, failed = ads_timing.in_turn(there, requests + _WARM)
+    ms, failed = timing.in_turn(there, requests + _WARM)
     ms = {name: found[_WARM:] for name, found in ms.items()}
     literal = candidates * first.length * sizes.behavior * np.dtype(jax.numpy.dtype(sizes.dtype)).itemsize / GIB
     rows = []

@@ -101,7 +101,8 @@ def model(sizes: Sizes, attention: str, length: int, items: int | None) -> tuple
         values |= {"query_features": (co_action,)}
     if items is None:
         return ctr, ctr.Config(**values)
-    return ads_jax, ads_jax.Config(**values, length=length, items=items, generator=sizes.generator)
+    # `make_batch` puts the padding first.
+    return ads_jax, ads_jax.Config(**values, length=length, items=items, generator=sizes.generator, arranged=True)
 
 
 def make_batch(sizes: Sizes, length: int, *, batch: int | None = None, candidates: int = 0, seed: int = 0) -> ctr.Batch:

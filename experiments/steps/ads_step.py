@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -14,9 +14,9 @@ import optax
 from jax.sharding import Mesh
 
 from experiments.results import Row
-from experiments.steps import ads_scale, ads_timing
+from experiments.steps import ads_scale, timing
 from experiments.steps.ads_scale import TRAIN, Sizes
-from experiments.steps.ads_timing import Program
+from experiments.steps.timing import Program
 from rec_core import embedding, losses, optimizers, training
 from rec_core.ranking import ctr
 from rec_core.sharding import make_mesh
@@ -53,8 +53,6 @@ def lower_whole(sizes: Sizes, variant: Variant, mesh: Mesh, batch: int | None = 
 def lower_dense(sizes: Sizes, variant: Variant) -> Any:
     """The dense part, lowered: from vectors that are there to gradients of net and vectors, and the net's optimizer."""
     module, config = ads_scale.model(sizes, variant.attention, variant.length, variant.items)
-    if variant.items is not None:
-        config = replace(config, arranged=True)  # type: ignore[call-arg]  # the model arranges ids before it looks up
     net, state = _net(module, config)
     return jax.jit(partial(_dense_step, config), donate_argnums=(0, 1)).lower(
         *_shapes((net, state, *vectors(sizes, config, variant.length)))
@@ -193,7 +191,7 @@ def measure_devices(
         return ms
 
     there = {name: program for name, (program, _, _) in programs.items() if program.call is not None}
-    ms, failed = ads_timing.in_turn({name: partial(run, name) for name in there}, repeats)
+    ms, failed = timing.in_turn({name: partial(run, name) for name in there}, repeats)
     base = next(iter(programs))
     rows = []
     for name, (program, devices, size) in programs.items():
@@ -201,7 +199,7 @@ def measure_devices(
         if name not in ms:
             rows.append(row | {"reason": program.reason or failed[name]})
             continue
-        row |= ads_timing.summary(ms[name], None) | program.counts()
+        row |= timing.summary(ms[name], None) | program.counts()
         row.pop("gflop", None)  # as for the whole step
         if base in ms:
             row["speedup"] = float(np.median(size / ms[name] * ms[base] / programs[base][2]))
@@ -213,12 +211,12 @@ def _compare(
     what: str, programs: Mapping[Variant, Program], run: Callable[[Variant], float], repeats: int
 ) -> tuple[list[Row], dict[str, np.ndarray]]:
     there = {variant.name: partial(run, variant) for variant, program in programs.items() if program.call is not None}
-    ms, failed = ads_timing.in_turn(there, repeats)
+    ms, failed = timing.in_turn(there, repeats)
     base, rows = ms.get(next(iter(programs)).name), []
     for i, (variant, program) in enumerate(programs.items()):
         row = variant.row(what)
         if variant.name in ms:
-            row |= ads_timing.summary(ms[variant.name], base if i else None) | program.counts()
+            row |= timing.summary(ms[variant.name], base if i else None) | program.counts()
             if what == "whole step":
                 row.pop("gflop", None)  # to the compiler the comparisons of a sort of ids are operations
         else:

@@ -5,6 +5,7 @@ later ones, with the answers of a model that has not seen their labels, and the 
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -136,6 +137,7 @@ def make_texts(
     )
 
 
+@lru_cache(maxsize=8)  # every seed of every point of a length asks for the same
 def sequences_of(texts: TextProblem, length: int) -> Int[np.ndarray, "samples N M"]:
     """Rows of the catalogue that each sample's sequences hold, oldest first, -1 for none.
 

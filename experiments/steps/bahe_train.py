@@ -11,6 +11,7 @@ import numpy as np
 
 import bahe_jax
 from bahe_jax import language_model
+from experiments.steps.timing import Program
 from rec_core import training
 from rec_core.training import TrainConfig
 from rec_core.transformer import TransformerConfig
@@ -80,31 +81,36 @@ def make_batch(texts: Texts, config: bahe_jax.Config, seed: int = 0) -> bahe_jax
     return batch.replace(tokens=None, item_tokens=None, states=states, item_states=states[:, 0, 0])  # type: ignore[attr-defined]
 
 
-def measure(texts: Texts, config: bahe_jax.Config, *, steps: int, repeats: int) -> Measured:
-    """Compiles the training step and runs it `repeats` times `steps` times.
+def lower_step(texts: Texts, config: bahe_jax.Config) -> Any:
+    """The training step, lowered."""
+    host = make_batch(texts, config)
+    bahe_jax.check(host, config)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), host)
+    step = jax.jit(partial(training.advance, bahe_jax, config, TRAIN), donate_argnums=0)
+    return step.lower(jax.eval_shape(partial(training.init_state, bahe_jax, config, TRAIN)), shapes)
+
+
+def measure(texts: Texts, config: bahe_jax.Config, program: Program, *, steps: int, repeats: int) -> Measured:
+    """Runs the compiled step of `lower_step` `repeats` times `steps` times.
 
     Raises:
       jax.errors.JaxRuntimeError: it does not fit the device's memory.
     """
     host = make_batch(texts, config)
-    bahe_jax.check(host, config)
     ids = np.concatenate([np.ravel(np.asarray(host.ids)), np.asarray(host.item)])
     batch = jax.device_put(host)
     state = jax.jit(partial(training.init_state, bahe_jax, config, TRAIN))()
-    step = jax.jit(partial(training.advance, bahe_jax, config, TRAIN), donate_argnums=0).lower(state, batch).compile()
-    memory: Any = step.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     found = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
         for _ in range(steps):
-            state, metrics = step(state, batch)
+            state, metrics = program.call(state, batch)
         loss = float(metrics["loss"])
         found.append(1000 * (time.perf_counter() - began) / steps)
     if not np.isfinite(loss):
         raise RuntimeError(f"{config.setting}, lower {config.lower!r}: the loss is {loss}; the times mean nothing")
     ms = found[1:]  # the first round is for caches and clocks
-    gib = (held - memory.alias_size_in_bytes) / 2**30
+    gib = float(program.counts().get("memory_gib") or 0)
     return Measured(float(np.median(ms)), min(ms), max(ms), gib, len(np.unique(ids)) / len(ids))
 
 

@@ -8,8 +8,8 @@ import pytest
 from experiments import ads_chunks, results
 from experiments.ads_chunks import AdsChunks
 from experiments.ads_multidomain_models import model_config
-from experiments.steps import ads_timing, multidomain
-from experiments.steps.ads_timing import Program
+from experiments.steps import timing, multidomain
+from experiments.steps.timing import Program
 
 
 def test_every_variant_is_trained_measured_and_compared(tmp_path, monkeypatch, capsys):
@@ -35,7 +35,7 @@ def test_every_variant_is_trained_measured_and_compared(tmp_path, monkeypatch, c
     monkeypatch.setattr(multidomain, "tune_and_train", trained)
     monkeypatch.setattr(ads_chunks.ads_step, "measure_whole", partial(measured, "whole step"))
     monkeypatch.setattr(ads_chunks.ads_step, "measure_dense", partial(measured, "dense part"))
-    monkeypatch.setattr(ads_timing, "compile_all", lambda lower, *, log: dict.fromkeys(lower, Program()))
+    monkeypatch.setattr(timing, "compile_all", lambda lower, *, log: dict.fromkeys(lower, Program()))
     config = AdsChunks(quick=True, out=tmp_path)
     made = ads_chunks.run(config)
     assert results.read(tmp_path / "result.json") == made

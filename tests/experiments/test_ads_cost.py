@@ -8,9 +8,9 @@ import pytest
 
 from experiments import ads_cost, results
 from experiments.ads_cost import AdsCost
-from experiments.steps import ads_scale, ads_step, ads_timing
+from experiments.steps import ads_scale, ads_step, timing
 from experiments.steps.ads_step import Variant
-from experiments.steps.ads_timing import Program
+from experiments.steps.timing import Program
 from rec_core.sharding import make_mesh
 
 FIGURES = {"overhead_chunk10_pct", "dense_overhead_chunk10_pct", "memory_overhead_chunk10_pct", "step_ms_chunk10"}
@@ -20,17 +20,17 @@ FIGURES = {"overhead_chunk10_pct", "dense_overhead_chunk10_pct", "memory_overhea
 def programs():
     """The whole step alone and in chunks, compiled once for all tests."""
     both = (Variant("MHA", 20, None), Variant("MHA", 20, 10))
-    return {v: ads_timing.compiled(partial(ads_step.lower_whole, ads_scale.TINY, v, make_mesh())) for v in both}
+    return {v: timing.compiled(partial(ads_step.lower_whole, ads_scale.TINY, v, make_mesh())) for v in both}
 
 
 def test_a_small_run_writes_rows_figures_and_a_report(programs, tmp_path, monkeypatch, capsys):
     def compile_all(lower, *, log):
         return {
-            key: programs[key[1]] if key[0] == "whole step" else ads_timing.compiled(make)
+            key: programs[key[1]] if key[0] == "whole step" else timing.compiled(make)
             for key, make in lower.items()
         }
 
-    monkeypatch.setattr(ads_timing, "compile_all", compile_all)
+    monkeypatch.setattr(timing, "compile_all", compile_all)
     monkeypatch.setattr(ads_cost, "variants", lambda attention, length: tuple(programs))
     outcome = ads_cost.run(AdsCost(quick=True, out=tmp_path))
     assert results.read(tmp_path / "result.json").rows == outcome.rows
@@ -123,11 +123,11 @@ def test_compiling_side_by_side_gives_each_its_own_program_or_the_reason():
         raise jax.errors.JaxRuntimeError("INTERNAL: no such instruction\nmore")
 
     lower = {n: partial(jax.jit(lambda x, n=n: x + n).lower, 1.0) for n in (1, 2)}
-    programs = ads_timing.compile_all(lower | {"bad": refuse}, log=lambda _: None)
+    programs = timing.compile_all(lower | {"bad": refuse}, log=lambda _: None)
     assert [float(programs[n].call(1.0)) for n in (1, 2)] == [2, 3]
     assert programs["bad"].reason == "the device refused it: INTERNAL: no such instruction more"
     with pytest.raises(ZeroDivisionError):  # a mistake of ours is not a row
-        ads_timing.compile_all({0: lambda: 1 / 0}, log=lambda _: None)
+        timing.compile_all({0: lambda: 1 / 0}, log=lambda _: None)
 
 
 @pytest.mark.parametrize("change", [{"parts": ("steps",)}, {"attentions": ()}, {"repeats": 0}, {"lengths": (0,)}])
