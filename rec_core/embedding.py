@@ -216,13 +216,25 @@ def touched(*groups: tuple[Iterable[Feature], Raw]) -> dict[str, Int[Array, " n"
     return {name: jnp.concatenate(ids) for name, ids in found.items()}
 
 
-def gather_rows(table: Float[Array, "rows width"], ids: Int[Array, "..."]) -> Rows:
-    """The distinct rows among `ids`, in a fixed size that always suffices: `min(ids.size, rows)`."""
-    rows = table.shape[0]
-    size = min(ids.size, rows)
+def distinct(ids: Int[Array, "..."], rows: int) -> Int[Array, " n"]:
+    """The distinct ids in increasing order, in a fixed size that always suffices: `min(ids.size, rows)`.
+
+    What fills up the size is `rows`, past the table's end.
+    """
     # Clipped as in `lookup`, so that an id out of range cannot push a valid one out of the fixed size.
-    unique = jnp.unique(jnp.clip(ids.reshape(-1), 0, rows - 1), size=size, fill_value=rows)
-    return Rows(unique.astype(jnp.int32), table.at[unique].get(mode="fill", fill_value=0))
+    clipped = jnp.clip(ids.reshape(-1), 0, rows - 1)
+    return jnp.unique(clipped, size=min(ids.size, rows), fill_value=rows).astype(jnp.int32)
+
+
+def take_rows(table: Float[Array, "rows width"], ids: Int[Array, "..."]) -> Float[Array, "... width"]:
+    """Rows of a table; zeros for ids past its end."""
+    return table.at[ids].get(mode="fill", fill_value=0)
+
+
+def gather_rows(table: Float[Array, "rows width"], ids: Int[Array, "..."]) -> Rows:
+    """The distinct rows among `ids`, in the size of `distinct`."""
+    unique = distinct(ids, table.shape[0])
+    return Rows(unique, take_rows(table, unique))
 
 
 def scatter_rows(table: Float[Array, "rows width"], rows: Rows) -> Float[Array, "rows width"]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from rec_core.embedding import Rows, scatter_rows
+from rec_core.embedding import Rows, scatter_rows, take_rows
 from rec_core.sharding import path_name
 
 _OPTIMIZERS = ("adamw", "adafactor")
@@ -184,7 +184,7 @@ def update(
         gradient, moment = gradients["tables"][name], opt_state["tables"][name]
         arrays: tuple[Array, ...] = (table, moment["mu"], moment["nu"])
         if isinstance(gradient, Rows):  # `go` acts on the rows: a choice over the whole table would cost a pass over it
-            old = tuple(_take(array, gradient.ids) for array in arrays)
+            old = tuple(take_rows(array, gradient.ids) for array in arrays)
             new = keep(_adam(old, gradient.values, train, step), old)
             arrays = tuple(scatter_rows(a, Rows(gradient.ids, x)) for a, x in zip(arrays, new))
         else:
@@ -198,10 +198,6 @@ def _adam(arrays: tuple[Array, ...], gradient: Array, train: TrainConfig, step: 
     adam = optax.scale_by_adam(train.b1, train.b2, train.eps)
     change, state = adam.update(gradient, optax.ScaleByAdamState(step, mu, nu))
     return values - schedule(train)(step) * change, state.mu, state.nu
-
-
-def _take(array: Float[Array, "rows width"], ids: Int[Array, " n"]) -> Float[Array, "n width"]:
-    return array.at[ids].get(mode="fill", fill_value=0)
 
 
 def _without_tables(tree: Mapping[str, Any]) -> dict[str, Any]:

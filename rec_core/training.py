@@ -24,10 +24,9 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt32
 
-from rec_core import optimizers, partition
+from rec_core import exchange, optimizers, partition
 from rec_core.checkpoint import Checkpoints, Log, config_record
 from rec_core.embedding import Rows, gather_rows
-from rec_core.losses import gather_over
 from rec_core.optimizers import EarlyStopping, TrainConfig
 from rec_core.sharding import batch_sharding, constrain, make_mesh, path_name, put_batch, replicated, shardings
 
@@ -90,7 +89,8 @@ def value_and_grad(
     With ``micro_batches`` n the outputs of all parts are computed first, the objective once, and the gradient is
     carried back through one part at a time: the memory of the layers is that of B / n examples. Part j takes examples
     j, j + n, ...: each part stays balanced over the data axis. Under ``axis_name`` loss, aux and gradients are the
-    means over the axis (an objective that sums over the axis gives the same on each device already).
+    means over the axis (an objective that sums over the axis gives the same on each device already); only the gradients
+    of `Rows`, which name other rows on each device, stay the device's part of that mean.
 
     Args:
       params: may hold `Rows` in place of tables. Gradients are like ``params``; leaves of integers come back as given.
@@ -132,9 +132,26 @@ def value_and_grad(
             return jax.tree.map(jnp.add, total, pull(part_cotangent)[0]), None
 
         gradients, _ = jax.lax.scan(back, direct, (parts, _split(cotangent, micro_batches)))
-    if axis_name is not None:
-        loss, aux, gradients = jax.lax.pmean((loss, aux, gradients), axis_name)
-    return (loss, aux), partition.split(put(gradients), jax.tree.unflatten(tree, trained))[0]
+    gradients = partition.split(put(gradients), jax.tree.unflatten(tree, trained))[0]
+    if axis_name is None:
+        return (loss, aux), gradients
+    return jax.lax.pmean((loss, aux), axis_name), _mean_gradients(gradients, axis_name)
+
+
+def _mean_gradients(gradients: Any, axis_name: str) -> Any:
+    """Means over the axis; of `Rows` this device's part of them."""
+    devices = jax.lax.axis_size(axis_name)
+
+    def mean(leaf: Any) -> Any:
+        if _is_rows(leaf):
+            return jax.tree.map(lambda x: x / devices if jnp.issubdtype(x.dtype, jnp.inexact) else x, leaf)
+        return jax.lax.pmean(leaf, axis_name) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+
+    return jax.tree.map(mean, gradients, is_leaf=_is_rows)
+
+
+def _is_rows(x: Any) -> bool:
+    return isinstance(x, Rows)
 
 
 def _trainable(model: Any, params: Any, config: Any) -> Any:
@@ -216,21 +233,85 @@ def advance(
     mesh: Mesh | AbstractMesh | None = None,
 ) -> tuple[State, dict[str, Any]]:
     """One step, pure: what `make_step` and `pmap_step` compile, for loops of one's own (a scan over steps, a vmap over
-    seeds). Metrics as in `make_step`; ``mesh`` lays the gradients out."""
+    seeds). Metrics as in `make_step`; ``mesh`` lays the gradients out.
+
+    With ``sparse_tables``, on a mesh that splits the examples alone, each device works for its own: rows travel from
+    their owners and gradients to them (`rec_core.exchange`). Else the compiler is left to split the whole.
+    """
+    if mesh is not None and axis_name is None and _apart(model, config, train, state, batch, mesh):
+        return _advance_apart(model, config, train, state, batch, mesh)
+    return _advance(model, config, train, state, batch, axis_name=axis_name, mesh=mesh)
+
+
+def _apart(model: Any, config: Any, train: TrainConfig, state: State, batch: Any, mesh: Mesh | AbstractMesh) -> bool:
+    """Whether each device can do the step for its own examples: they divide, and no split table is read whole."""
+    data = mesh.shape["data"]
+    if not train.sparse_tables or data == 1 or data != mesh.size:
+        return False
+    if any(leaf.shape[0] % (data * train.micro_batches) for leaf in jax.tree.leaves(batch)):
+        return False
+    return _split_tables(state, mesh) <= jax.eval_shape(lambda batch: model.touched(batch, config), batch).keys()
+
+
+def _split_tables(state: State, mesh: Mesh | AbstractMesh) -> frozenset[str]:
+    """Names of the tables whose rows are split over the mesh."""
+    where = shardings({"tables": state.params["tables"]}, mesh)["tables"]
+    return frozenset(name for name, sharding in where.items() if not sharding.is_fully_replicated)
+
+
+def _advance_apart(
+    model: Any, config: Any, train: TrainConfig, state: State, batch: Any, mesh: Mesh | AbstractMesh
+) -> tuple[State, dict[str, Any]]:
+    step = partial(_advance, model, config, train, axis_name="data", split=_split_tables(state, mesh))
+    where = jax.tree.map(lambda sharding: sharding.spec, shardings(state, mesh))
+    given, made = (where, batch_sharding(mesh).spec), (where, P())
+    # Replication is not checked: as under pmap, the transpose of a sum over the axis is then a sum, on which the means
+    # of `value_and_grad` rest.
+    return jax.shard_map(step, mesh=mesh, in_specs=given, out_specs=made, check_vma=False)(state, batch)
+
+
+def _advance(
+    model: Any,
+    config: Any,
+    train: TrainConfig,
+    state: State,
+    batch: Any,
+    *,
+    axis_name: str | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
+    split: frozenset[str] = frozenset(),
+) -> tuple[State, dict[str, Any]]:
+    """`advance`, under ``axis_name`` on one device's examples; the tables named by ``split`` are its part of them."""
     key = step_key(state.seed, state.step)
     params = state.params
     moved, rest = partition.split(params, _trainable(model, params, config))
+    everyones = {}
     if train.sparse_tables:
-        ids = gather_over(axis_name, model.touched(batch, config))  # under pmap every device takes all devices' rows
-        tables = {name: table for name, table in moved["tables"].items() if table is not None}
-        rows = {name: gather_rows(tables[name], constrain(i, P())) for name, i in ids.items() if name in tables}
+        rows: dict[str, Any] = {}
+        for name, ids in model.touched(batch, config).items():
+            table = params["tables"][name]
+            if moved["tables"][name] is None and name not in split:
+                continue  # frozen and all here: read as it is
+            if axis_name is None:
+                rows[name] = gather_rows(table, constrain(ids, P()))
+            else:
+                rows[name], everyones[name] = exchange.read(table, ids, axis_name, split=name in split)
         params = {**params, "tables": {**params["tables"], **rows}}
     (loss, aux), gradients = value_and_grad(
         model, params, batch, config, key=key, micro_batches=train.micro_batches, axis_name=axis_name
     )
     if mesh is not None:
         gradients = _lay_out(gradients, mesh)
-    norm = optimizers.gradient_norm(gradients)
+    if axis_name is None:
+        norm = optimizers.gradient_norm(gradients)
+    else:
+        combined = {
+            name: exchange.combine(gradients["tables"][name], ids, table, axis_name, split=name in split)
+            for name, ids in everyones.items()
+            if (table := moved["tables"][name]) is not None
+        }
+        gradients = {**gradients, "tables": {**gradients["tables"], **combined}}
+        norm = exchange.global_norm(gradients, axis_name, split)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     go = finite & (state.diverged < 0)
     moved, opt_state = optimizers.update(
@@ -256,14 +337,11 @@ def advance(
 def _lay_out(gradients: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Gradients where their parameters are; the few `Rows` of a sparse table on every device."""
 
-    def is_rows(x: Any) -> bool:
-        return isinstance(x, Rows)
-
     def place(sharding: Any, leaf: Any) -> Any:
-        return leaf if is_rows(leaf) else jax.lax.with_sharding_constraint(leaf, sharding)
+        return leaf if _is_rows(leaf) else jax.lax.with_sharding_constraint(leaf, sharding)
 
-    flat, tree = jax.tree.flatten(gradients, is_leaf=is_rows)
-    whole = jax.tree.map(lambda x: x.ids if is_rows(x) else x, gradients, is_leaf=is_rows)
+    flat, tree = jax.tree.flatten(gradients, is_leaf=_is_rows)
+    whole = jax.tree.map(lambda x: x.ids if _is_rows(x) else x, gradients, is_leaf=_is_rows)
     return jax.tree.unflatten(tree, map(place, jax.tree.leaves(shardings(whole, mesh)), flat))
 
 

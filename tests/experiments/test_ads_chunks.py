@@ -8,7 +8,7 @@ import pytest
 from experiments import ads_chunks, results
 from experiments.ads_chunks import AdsChunks
 from experiments.ads_multidomain_models import model_config
-from experiments.steps import timing, multidomain
+from experiments.steps import multidomain, timing
 from experiments.steps.timing import Program
 
 

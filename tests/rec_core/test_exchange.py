@@ -1,0 +1,160 @@
+"""Sparse tables on a mesh that splits the examples: each device's own rows give the numbers of one device."""
+
+import dataclasses
+import functools
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy_model
+from jax.sharding import PartitionSpec as P
+
+from rec_core import exchange
+from rec_core.sharding import make_mesh, put_batch, shardings
+from rec_core.training import TrainConfig, init_state, make_step
+
+DEVICES, ROWS = 4, 12
+# The users divide by no number of devices, the items by all; and what a step needs beside the items' table is small.
+CONFIG = dataclasses.replace(toy_model.Config(), users=41, items=160_000)
+# eps well above the gradients' rounding: parameters can be compared after several steps.
+TRAIN = TrainConfig(steps=9, learning_rate=0.05, eps=1e-2, clip=0.5, sparse_tables=True, weight_decay=0.01)
+
+
+def frozen_items(params: Any, config: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: "item" not in jax.tree_util.keystr(path), params)
+
+
+def variant(**changes: Any) -> types.ModuleType:
+    module = types.ModuleType("variant")
+    vars(module).update(vars(toy_model) | changes)
+    return module
+
+
+FROZEN = variant(trainable=frozen_items)
+BATCHES = [toy_model.make_batch(np.random.default_rng(i), 16, CONFIG) for i in range(3)]
+# Some rows are read by several devices and several times by one; none of the last owner's at first.
+BATCHES[:2] = [batch.replace(item=batch.item % 5, history=batch.history % 8) for batch in BATCHES[:2]]
+BROKEN = BATCHES[0].replace(price=np.where(np.arange(16) == 11, np.inf, 1).astype(np.float32))
+
+
+def steps(model: Any, train: TrainConfig, data: int) -> tuple[list[Any], list[Any]]:
+    """State and metrics, on the host, after each of three steps and one whose numbers are not finite."""
+    mesh, found = make_mesh(data), []
+    begin = functools.partial(init_state, model, CONFIG, train)
+    state = jax.jit(begin, out_shardings=shardings(jax.eval_shape(begin), mesh))()
+    step = make_step(model, CONFIG, train, mesh).trace(state, BROKEN).lower().compile()
+    memory, part = step.memory_analysis(), 4 * CONFIG.items * CONFIG.width / data
+    assert memory.temp_size_in_bytes < part / 10  # no pass over a table
+    assert memory.alias_size_in_bytes > part * (1 if model is FROZEN else 3)  # it and its moments: changed in place
+    for batch in (*BATCHES, BROKEN):
+        state, metrics = step(state, put_batch(batch, mesh))
+        found.append(jax.device_get((state, metrics)))
+    states, metrics = zip(*found)
+    return list(states), list(metrics)
+
+
+@functools.cache
+def alone(model: Any) -> tuple[list[Any], list[Any]]:
+    return steps(model, TRAIN, 1)
+
+
+def same(got: Any, want: Any) -> None:
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=2e-6, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "micro_batches"),
+    [(toy_model, 8, 2), (FROZEN, 2, 1)],
+    ids=["eight devices in parts", "two devices and a frozen table"],
+)
+def test_the_steps_are_those_of_one_device(model: Any, data: int, micro_batches: int) -> None:
+    want_states, want = alone(model)
+    states, metrics = steps(model, dataclasses.replace(TRAIN, micro_batches=micro_batches), data)
+    for i in range(3):
+        same(metrics[i], want[i])
+        assert metrics[i]["gradient_norm"] > TRAIN.clip  # the true norm counts
+    same(states[2], want_states[2])
+    moved = [np.any(a != b) for a, b in zip(jax.tree.leaves(states[2].params), jax.tree.leaves(states[0].params))]
+    assert sum(moved) == len(moved) - (model is FROZEN)
+    assert int(metrics[3]["diverged"]) == 3
+    for before, after in zip(*(jax.tree.leaves((s.params, s.opt_state, s.step)) for s in states[2:])):
+        np.testing.assert_array_equal(after, before)
+
+
+def lowered(config: Any, data: int, width: int = 1, model: Any = toy_model, micro_batches: int = 1) -> Any:
+    train = dataclasses.replace(TRAIN, micro_batches=micro_batches)
+    state = jax.eval_shape(lambda: init_state(model, config, train))
+    return make_step(model, config, train, make_mesh(data, width)).trace(state, BATCHES[0])
+
+
+def test_what_devices_cannot_do_alone_is_left_to_the_compiler() -> None:
+    """Widths that are split, examples that the parts do not divide, a split table that a model reads whole."""
+
+    def touched(batch: Any, config: Any) -> Any:
+        return {"user": batch.user}
+
+    whole = variant(touched=touched)
+    assert "reduce_scatter" in str(lowered(CONFIG, 2).jaxpr)
+    for other in (lowered(CONFIG, 4, 2), lowered(CONFIG, 8, micro_batches=4), lowered(CONFIG, 2, model=whole)):
+        assert "reduce_scatter" not in str(other.jaxpr)
+
+
+@functools.cache
+def exchanged(split: bool) -> Any:
+    """Rows that each device reads, and their gradients combined: ids, values, own ids, sums; by device."""
+
+    def run(table: Any, ids: Any, slope: Any) -> Any:
+        rows, everyones = exchange.read(table, ids, "data", split=split)
+        gradient = dataclasses.replace(rows, values=rows.values * slope)
+        total = exchange.combine(gradient, everyones, table, "data", split=split)
+        return jax.tree.map(lambda x: x[None], (rows.ids, rows.values, total.ids, total.values))
+
+    specs = (P("data") if split else P(), P("data"), P("data"))
+    return jax.jit(jax.shard_map(run, mesh=make_mesh(DEVICES), in_specs=specs, out_specs=P("data"), check_vma=False))
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
+def test_rows_travel_once_and_gradients_add_up_at_their_owners(split: bool) -> None:
+    draw = np.random.default_rng(0)
+    table = np.arange(1.0, 2 * ROWS + 1, dtype=np.float32).reshape(ROWS, 2)
+    slope = np.array([[1.0], [10.0], [100.0], [1000.0]], np.float32)
+    cases = [draw.integers(0, ROWS, (DEVICES, 5)) for _ in range(5)]
+    cases += [
+        np.zeros((DEVICES, 5), int),
+        np.full((DEVICES, 5), ROWS - 1),
+        np.array([[0] * 5, [3] * 5, [11] * 5, [4] * 5]),
+    ]
+    cases += [np.full((DEVICES, 5), 99)]  # clipped to the last row, as a look-up is
+    for ids in cases:
+        own, values, owned, total = jax.device_get(exchanged(split)(table, ids.astype(np.int32).reshape(-1), slope))
+        ids, want = np.minimum(ids, ROWS - 1), np.zeros_like(table)
+        for i in range(DEVICES):
+            distinct = np.unique(ids[i])
+            np.testing.assert_array_equal(own[i], np.append(distinct, [ROWS] * (5 - len(distinct))))
+            np.testing.assert_array_equal(values[i, : len(distinct)], table[distinct])
+            want[distinct] += slope[i] * table[distinct]
+        size = ROWS // DEVICES if split else ROWS
+        for i in range(DEVICES):
+            part = want[i * size : (i + 1) * size] if split else want
+            got, there = np.zeros_like(part), owned[i] < size
+            got[owned[i][there]] = total[i][there]
+            np.testing.assert_array_equal(got, part)
+            np.testing.assert_array_equal(owned[i][there], np.unique(np.flatnonzero(part.any(axis=1))))
+            assert not total[i][~there].any() and (np.diff(owned[i]) >= 0).all()
+
+
+def test_the_norm_counts_each_row_once() -> None:
+    gradients = {"net": jnp.full(2, 3.0), "tables": {"a": jnp.arange(8.0), "b": jnp.full(3, 2.0)}}
+
+    def norm(gradients: Any) -> Any:
+        return exchange.global_norm(gradients, "data", frozenset({"a"}))
+
+    specs = {"net": P(), "tables": {"a": P("data"), "b": P()}}
+    mapped = jax.shard_map(norm, mesh=make_mesh(DEVICES), in_specs=(specs,), out_specs=P(), check_vma=False)
+    got = jax.jit(mapped)(gradients)
+    np.testing.assert_allclose(got, np.sqrt(2 * 9 + np.sum(np.arange(8.0) ** 2) + 3 * 4), rtol=1e-6)
