@@ -24,6 +24,10 @@ class Forward(NamedTuple):
       split_loop: blocks before, in and after the run that needs no mask in three loops; False is one loop in which
         every block asks whether it needs the mask.
       turns: warpgroups take turns at issuing products; False lets each go as far ahead as the stages reach.
+      ahead: the logits of a block are multiplied beside the values of the block before; False leaves the overlap to
+        the other warpgroups.
+      lazy: a row's output and sum are scaled anew only where its maximum rises by 8 in base 2, so that they are exact
+        but their common factor is not the maximum's.
     """
 
     block_k: int = 128
@@ -32,6 +36,8 @@ class Forward(NamedTuple):
     q_stages: int = 2
     split_loop: bool = False
     turns: bool = True
+    ahead: bool = True
+    lazy: bool = False
 
 
 class Backward(NamedTuple):

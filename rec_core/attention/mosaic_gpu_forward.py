@@ -20,7 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, nvvm
 from jaxtyping import Array, Float
 
 from rec_core.attention.blocks import BLOCK_Q, CHUNK, ENTRIES, Forward, barrier_ids
@@ -40,6 +43,7 @@ from rec_core.attention.mosaic_gpu_mask import keep_columns
 from rec_core.attention.mosaic_gpu_plan import HEAD, PER_GROUP, Plan, key_block
 
 BEYOND = 1 << 28  # columns further than any block is wide
+RISE = 8.0  # how far, in base 2, logits rise above the maximum in use before it is replaced (FlashAttention-4's)
 LOWEST = -1e30  # the maximum of a row that has seen nothing yet; finite, so that differences with it are
 
 
@@ -296,7 +300,7 @@ def _compute(p: _Program) -> None:
             p.arrive("v", before)
             # The cast comes last, or the wide weights stay in registers beside the narrow ones.
             new, top, norm, decay = softened
-            return total * over_columns(decay, total), top, norm, new.astype(call.dtype)
+            return _rescaled(total, decay, call), top, norm, new.astype(call.dtype)
 
         def product(s_ref: Any) -> Any:
             issue_logits(s_ref, x, slot)
@@ -306,12 +310,78 @@ def _compute(p: _Program) -> None:
         my_turn()
         return pl.run_scoped(product, s_acc)
 
+    def apart(x: _Item, step: Any, out: Array, soften: Callable[[Array], Any]) -> Any:
+        """A block's logits, their softmax, then its values; the turn goes on from the values to the next logits."""
+        slot = p.slot(x.before + step)
+
+        def logits(s_ref: Any) -> Array:
+            issue_logits(s_ref, x, slot)
+            next_turn()
+            return plgpu.wgmma_accumulator_load(s_ref, wait_n=0)
+
+        s = pl.run_scoped(logits, s_acc)
+        p.arrive("k", slot)
+        new, top, norm, decay = soften(s)
+        out, weight = _rescaled(out, decay, call), new.astype(call.dtype)
+        out, weight, top, norm = lax.optimization_barrier((out, weight, top, norm))
+        plgpu.barrier_wait(refs.v_full.at[slot])
+        my_turn()
+
+        def values(o_ref: Any) -> Array:
+            wgmma_accumulator_store(o_ref, out)
+            plgpu.wgmma(o_ref, weight, refs.v_block.at[slot])
+            await_next_keys(x, step)
+            return plgpu.wgmma_accumulator_load(o_ref, wait_n=0)
+
+        if call.interpret:
+            out = accumulate(out, weight, refs.v_block.at[slot], True)
+            await_next_keys(x, step)
+        else:
+            out = pl.run_scoped(values, o_acc)
+        p.arrive("v", slot)
+        return out, top, norm
+
     def last_values(x: _Item, out: Array, weight: Array) -> Array:
         slot = p.slot(x.before + x.last - 1)
         plgpu.barrier_wait(refs.v_full.at[slot])
         out = accumulate(out, weight, refs.v_block.at[slot], call.interpret)
         p.arrive("v", slot)
         return out
+
+    def one_apart(x: _Item, before: Any, mask: Any) -> Any:
+        top = plgpu.layout_cast(jnp.full((BLOCK_Q,), LOWEST, jnp.float32), ROW)
+        norm = plgpu.layout_cast(jnp.zeros((BLOCK_Q,), jnp.float32), ROW)
+        out = plgpu.layout_cast(jnp.zeros((BLOCK_Q, call.width), jnp.float32), WGMMA)
+        plgpu.barrier_wait(refs.k_full.at[p.slot(x.before + x.first)])
+        my_turn()
+
+        def step(masked: bool | None, number: Any, carry: Any) -> Any:
+            out, top, norm = carry
+
+            def soften(s: Array) -> Any:
+                if masked is None:
+                    plain = (number >= x.plain_first) & (number < x.plain_last)
+                    s = lax.cond(plain, lambda s: s, lambda s: mask(s, number), s)
+                elif masked:
+                    s = mask(s, number)
+                return _softmax(s, top, norm, call.scale, blocks.lazy)
+
+            return apart(x, number, out, soften)
+
+        carry = out, top, norm
+        if blocks.split_loop:
+            carry = lax.fori_loop(x.first, x.plain_first, functools.partial(step, True), carry)
+            carry = lax.fori_loop(x.plain_first, x.plain_last, functools.partial(step, False), carry)
+            carry = lax.fori_loop(x.plain_last, x.last, functools.partial(step, True), carry)
+        else:
+            carry = lax.fori_loop(x.first, x.last, functools.partial(step, None), carry)
+        out, top, norm = carry
+        plgpu.commit_smem()
+        p.arrive("q", x.q_stage)
+        next_turn()
+        pass_by(x, x.last, x.steps)
+        _store(p, x, out, top, norm)
+        return before + x.steps
 
     def one(place: Any, before: Any) -> Any:
         x = _open(p, place, before)
@@ -321,10 +391,12 @@ def _compute(p: _Program) -> None:
         )
         mask = functools.partial(_mask, p, x, start, end)
         pass_by(x, jnp.int32(0), x.first)
+        if not blocks.ahead:
+            return one_apart(x, before, mask)
         s = first_block(x)
         top = plgpu.layout_cast(jnp.full((BLOCK_Q,), LOWEST, jnp.float32), ROW)
         norm = plgpu.layout_cast(jnp.zeros((BLOCK_Q,), jnp.float32), ROW)
-        weight, top, norm, _ = _softmax(mask(s, x.first), top, norm, call.scale)
+        weight, top, norm, _ = _softmax(mask(s, x.first), top, norm, call.scale, blocks.lazy)
         await_next_keys(x, x.first)
         out = plgpu.layout_cast(jnp.zeros((BLOCK_Q, call.width), jnp.float32), WGMMA)
 
@@ -337,7 +409,7 @@ def _compute(p: _Program) -> None:
                     s = lax.cond(plain, lambda s: s, lambda s: mask(s, number), s)
                 elif masked:
                     s = mask(s, number)
-                return _softmax(s, top, norm, call.scale)
+                return _softmax(s, top, norm, call.scale, blocks.lazy)
 
             return both(x, number, out, weight, soften)
 
@@ -390,12 +462,32 @@ def _mask(p: _Program, x: _Item, start: Array, end: Array, s: Array, step: Any) 
     return keep_columns(s, first, last, own, -jnp.inf, interpret=p.call.interpret)
 
 
-def _softmax(s: Array, top: Array, norm: Array, scale: float) -> tuple[Array, Array, Array, Array]:
+def _softmax(s: Array, top: Array, norm: Array, scale: float, lazy: bool) -> tuple[Array, Array, Array, Array]:
     """Weights of a block, the new maximum and sum, and the factor on what came before; logits in base 2."""
-    new = jnp.maximum(top, s.max(axis=1) * scale)
+    high = s.max(axis=1) * scale
+    new = jnp.where(high > top + RISE, high, top) if lazy else jnp.maximum(top, high)
     decay = jnp.exp2(top - new)
     weight = jnp.exp2(s * scale - over_columns(new, s))
     return weight, new, norm * decay + weight.sum(axis=1), decay
+
+
+def _rescaled(out: Array, decay: Array, call: Any) -> Array:
+    """``out`` times ``decay``; lazily, where a row of the warp has one that is not 1."""
+    if call.interpret or not call.blocks.lazy:
+        return out * over_columns(decay, out)
+
+    @plgpu.inline_mgpu(
+        arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct((), jnp.bool_, layout=plgpu.Layout.WG_SPLAT)
+    )
+    def some(_: Any, decay: Any) -> Any:
+        found: list[Any] = []
+        less = arith.CmpFPredicate.OLT
+        decay.foreach(lambda value, _: found.append(arith.cmpf(less, value, mgpu.c(1.0, value.type))))
+        any_row = functools.reduce(arith.ori, found)
+        everyone = arith.constant(ir.IntegerType.get_signless(32), 0xFFFFFFFF)
+        return mgpu.FragmentedArray.splat(nvvm.vote_sync(everyone, any_row, "any"), (), is_signed=False)
+
+    return lax.cond(some(decay), lambda x: x * over_columns(decay, x), lambda x: x, out)
 
 
 def _store(p: _Program, x: _Item, out: Array, top: Array, norm: Array) -> None:

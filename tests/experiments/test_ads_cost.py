@@ -26,8 +26,7 @@ def programs():
 def test_a_small_run_writes_rows_figures_and_a_report(programs, tmp_path, monkeypatch, capsys):
     def compile_all(lower, *, log):
         return {
-            key: programs[key[1]] if key[0] == "whole step" else timing.compiled(make)
-            for key, make in lower.items()
+            key: programs[key[1]] if key[0] == "whole step" else timing.compiled(make) for key, make in lower.items()
         }
 
     monkeypatch.setattr(timing, "compile_all", compile_all)
