@@ -111,9 +111,9 @@ BACKWARD_CANDIDATES: dict[int, tuple[Backward, ...]] = {
 TABLE: dict[tuple[str, str, int], tuple[tuple[int, Any], ...]] = {
     ("NVIDIA H100", "forward", 64): (
         (512, Forward(stages=3, split_loop=True, turns=False)),
-        (32768, Forward(groups=3, stages=3, split_loop=True)),
+        (32768, Forward(groups=3, stages=3, split_loop=True, lazy=True)),
     ),
-    ("NVIDIA H100", "forward", 128): ((512, Forward(split_loop=True)), (32768, Forward())),
+    ("NVIDIA H100", "forward", 128): ((512, Forward(split_loop=True)), (32768, Forward(split_loop=True, lazy=True))),
     ("NVIDIA H100", "forward", 256): ((32768, Forward(block_k=64, q_stages=1)),),
     ("NVIDIA H100", "backward", 64): (
         (32768, Backward(keys_groups=3, keys_stages=3, keys_tiles=2, rows_groups=3, rows_stages=3, rows_tiles=2)),

@@ -484,7 +484,7 @@ def _rescaled(out: Array, decay: Array, call: Any) -> Array:
         less = arith.CmpFPredicate.OLT
         decay.foreach(lambda value, _: found.append(arith.cmpf(less, value, mgpu.c(1.0, value.type))))
         any_row = functools.reduce(arith.ori, found)
-        everyone = arith.constant(ir.IntegerType.get_signless(32), 0xFFFFFFFF)
+        everyone = mgpu.c(-1, ir.IntegerType.get_signless(32))
         return mgpu.FragmentedArray.splat(nvvm.vote_sync(everyone, any_row, "any"), (), is_signed=False)
 
     return lax.cond(some(decay), lambda x: x * over_columns(decay, x), lambda x: x, out)

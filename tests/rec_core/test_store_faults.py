@@ -81,6 +81,7 @@ def _until_killed(address: str, first: int, kill, rng: random.Random) -> tuple[l
             lines += process.stdout.readlines()
             break
     process.wait()
+    lines = [x for x in lines if x.endswith("\n")]  # the last one may have been cut
     numbers = {what: [int(x.split()[1]) for x in lines if x.startswith(what)] for what in ("start", "done")}
     return numbers["start"], numbers["done"], "".join(x for x in lines if x.startswith("error"))
 
