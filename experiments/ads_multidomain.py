@@ -151,6 +151,7 @@ def _publish(config: AdsMultidomain, outcomes: list[Outcome], started: Any) -> r
         for name, tuned in done.tuned.items():
             shared: results.Row = {"data": data.name, "model": name, "learning_rate": tuned.rate}
             shared |= {"parameters": done.parameters[name], "valid_auc": mean_auc(done, name, "valid")}
+            shared["device"] = done.trained_on[name]
             rows += [shared | {"seed": i, "test_auc": metrics.auc(labels, x)} for i, x in enumerate(tuned.test)]
             rows += domain_rows(done, name)
             headline.append(

@@ -149,6 +149,7 @@ class Outcome:
     data: Impressions
     tuned: dict[str, Tuned] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
+    trained_on: dict[str, str] = field(default_factory=dict)
 
 
 def train_all(data: Impressions, config: AdsMultidomain) -> Outcome:
@@ -174,6 +175,7 @@ def train_all(data: Impressions, config: AdsMultidomain) -> Outcome:
 
             found = saved_run(kept, run)
             done.tuned[name] = Tuned(losses=found.losses, test=found.logits, **found.params)
+            done.trained_on[name] = found.device
             shapes = jax.eval_shape(lambda model=model, own=own: model.init(jax.random.key(0), own))
             done.parameters[name] = cost.parameters(shapes)["rest"]
             progress.update(number + 1, loss=float(found.losses[-1].mean()), count=1)

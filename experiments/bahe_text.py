@@ -168,7 +168,7 @@ def point_rows(outcome: Outcome, data: str) -> list[Row]:
             downstream = next((run.params[what] for what in ("answers", "rank") if what in run.params), None)
             row["auc_d"] = None if downstream is None else metrics.auc(test["label"], downstream)
             row |= {"last_loss": float(run.losses[-20:].mean()), "seconds": float(run.params["seconds"])}
-            rows.append(row | {"estimated_s": outcome.flops[point.name] / ASSUMED_FLOPS})
+            rows.append(row | {"estimated_s": outcome.flops[point.name] / ASSUMED_FLOPS, "device": run.device})
     rows.append({"data": name, "model": "popularity alone", "test_auc": metrics.auc(test["label"], test["popularity"])})
     return rows
 

@@ -38,7 +38,10 @@ TITLES = {"world": "synthetic world", "ml-1m": "MovieLens-1M", "ml1m": "MovieLen
 
 
 def machine(result: Result) -> str:
-    """Number and kind of the devices."""
+    """Number and kind of the devices; where runs are kept, of those that trained them."""
+    trained = sorted({str(row["device"]) for row in result.rows if row.get("device")})
+    if trained:
+        return " and ".join(trained)
     return f"{result.device.get('count', 1)} x {result.device.get('kind')}"
 
 

@@ -6,7 +6,7 @@ general search alone, SIM by hard and by soft search without and with time, TWIN
 (the ceiling of this family) and the oracle. What the searches find of each other. Which clicks each model finds, by the
 days since the user's last behaviour in the category.
 
-    python -m experiments sim-lifelong                                 # for an accelerator; not yet run in full
+    python -m experiments sim-lifelong                                 # for an accelerator
     python -m experiments sim-lifelong --ml-1m PATH/ml-1m              # and MovieLens-1M
     python -m experiments sim-lifelong --only DIN "SIM hard, time" --seeds 1    # two of them, on two cores
 
@@ -93,6 +93,7 @@ def _publish(config: SimLifelong, outcomes: list[Trained], started: Any) -> resu
                     "model": name,
                     "seed": seed,
                     "test_auc": metrics.auc(labels, logits[seed]),
+                    "device": done.trained_on[name],
                 }
                 rows.append(row | {"last_loss": float(done.losses[name][-20:, seed].mean())})
             found = intervals[name]

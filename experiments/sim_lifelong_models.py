@@ -34,7 +34,7 @@ class SimLifelong:
       out: folder for report.html, result.json and the generated world.
       quick: a run of seconds that only shows that everything works.
       ml_1m: where MovieLens-1M lies; without it the world alone.
-      only: names of models (`MODELS`); none for all.
+      only: names of models (`MODELS`); none for all. train: False reports what is kept under `out` and trains nothing.
       seeds: how often each model is trained.
       users, items, mean_length, longest, long_term, time: of the world (`rec_core.data.world`).
       train_samples, test_samples: impressions learned from and tested on.
@@ -51,6 +51,7 @@ class SimLifelong:
     quick: bool = False
     ml_1m: Path | None = None
     only: tuple[str, ...] = ()
+    train: bool = True
     seeds: int = 5
     users: int = 1500
     items: int = 4000
@@ -152,6 +153,7 @@ class Trained:
     logits: dict[str, np.ndarray] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, np.ndarray] = field(default_factory=dict)
+    trained_on: dict[str, str] = field(default_factory=dict)
 
 
 def model_config(problem: Lifelong, name: str, settings: SimLifelong) -> tuple[sim_jax.Config, Feed]:
@@ -189,9 +191,13 @@ def train_all(problem: Lifelong, config: SimLifelong) -> Trained:
     size = min(config.batch_size, len(problem.train))
     settings = settings_for(len(problem.train), size, config.epochs, lifelong.CALL, learning_rate=config.learning_rate)
     steps = settings.steps
-    names = config.only or tuple(MODELS)
     data = zlib.crc32(b"".join(x.tobytes() for x in (problem.time, problem.user, problem.moment, problem.label)))
     lock, made = threading.Lock(), [0]
+
+    def kept(name: str) -> Path:
+        model, feed = model_config(problem, name, config)
+        identity = repr((data, model, feed, settings, config.seeds, config.recent, size, problem.train[[0, -1]]))
+        return config.out / "models" / f"{problem.name}-{zlib.crc32(identity.encode()):08x}.npz"
 
     def one(name: str) -> Run:
         model, feed = model_config(problem, name, config)
@@ -210,20 +216,20 @@ def train_all(problem: Lifelong, config: SimLifelong) -> Trained:
             logits = lifelong.scores(done.device, params, problem.test, model, feed, **shared)
             return Run(params, losses, logits)
 
-        identity = repr((data, model, feed, settings, config.seeds, config.recent, size, problem.train[[0, -1]]))
-        kept = config.out / "models" / f"{problem.name}-{zlib.crc32(identity.encode()):08x}.npz"
-        before = kept.exists()
-        found = saved_run(kept, run)
+        before = kept(name).exists()
+        found = saved_run(kept(name), run)
         if before:
             shown(steps, steps, float(found.losses[-1].mean()))
         return found
 
+    names = [name for name in config.only or MODELS if config.train or kept(name).exists()]
     with (
         Progress(steps * len(names), problem.name, unit="samples") as progress,
         ThreadPoolExecutor(config.workers) as pool,
     ):
         for name, run in zip(names, pool.map(one, names), strict=True):
             done.params[name], done.losses[name], done.logits[name] = run.params, run.losses, run.logits
+            done.trained_on[name] = run.device
     return done
 
 

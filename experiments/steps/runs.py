@@ -1,10 +1,11 @@
 """What the experiments that train on the device share: whole calls of steps, orders of samples, runs kept in files."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, Int
@@ -28,17 +29,22 @@ def order(index: Int[np.ndarray, " n"], steps: int, batch_size: int, seed: int) 
 
 @dataclass(frozen=True)
 class Run:
-    """A trained model: parameters of all seeds, stacked; losses of its steps and logits of the test samples."""
+    """A trained model: parameters of all seeds, stacked; losses of its steps and logits of the test samples.
+
+    `device`: what trained it; another machine may report it.
+    """
 
     params: Any
     losses: Float[np.ndarray, "steps seeds"]
     logits: Float[np.ndarray, "seeds n"]
+    device: str = field(default_factory=lambda: jax.local_devices()[0].device_kind)
 
 
 def saved_run(path: Path, make: Callable[[], Run]) -> Run:
     """What `make` gives, kept in a file."""
-    flat = saved_arrays(path, lambda: flatten_dict(vars(make()), sep="/"))
-    return Run(**unflatten_dict(flat, sep="/"))
+    flat: dict[str, Any] = saved_arrays(path, lambda: flatten_dict(vars(make()), sep="/"))
+    device = str(flat.pop("device"))
+    return Run(**unflatten_dict(flat, sep="/"), device=device)
 
 
 def saved_arrays(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
