@@ -53,6 +53,12 @@ ORDER = (
     ("SIM soft", "SIM soft, time"),
     ("SIM soft", "DIN over the whole"),
 )
+# What the order here rests on: pairs that differ in one thing, the second expected above the first.
+REASONS = {
+    ("SIM soft", "GSU soft"): "a sum over what was found, not a softmax, which forgets how much there was",
+    ("SIM hard, time", "SIM hard, time, DIN as exact unit"): "the same, of hard search",
+    ("DIN over the whole, time", "SIM hard, time, DIN as exact unit"): "one unit, on what a search found",
+}
 
 
 def run(config: SimLifelong) -> results.Result:
@@ -112,6 +118,14 @@ def _publish(config: SimLifelong, outcomes: list[Trained], started: Any) -> resu
             rows.append(
                 {"data": problem.name, "difference": what, "mean": gain.mean, "low": gain.low, "high": gain.high}
             )
+            findings.append(report.difference(f"{problem.name}: {what}", gain))
+        found_why = {
+            f"{b} - {a} ({why})": _gain(done, a, b)
+            for (a, b), why in REASONS.items()
+            if a in done.logits and b in done.logits
+        }
+        for what, gain in statistics.together(found_why).items():
+            rows.append({"data": problem.name, "reason": what, "mean": gain.mean, "low": gain.low, "high": gain.high})
             findings.append(report.difference(f"{problem.name}: {what}", gain))
         counts = {"samples": len(labels), "users": len(np.unique(users)), "seeds": config.seeds}
         shown: dict[str, Any] = {"interval": "95 %, bootstrap over users and seeds", **counts}

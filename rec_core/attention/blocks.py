@@ -24,10 +24,8 @@ class Forward(NamedTuple):
       split_loop: blocks before, in and after the run that needs no mask in three loops; False is one loop in which
         every block asks whether it needs the mask.
       turns: warpgroups take turns at issuing products; False lets each go as far ahead as the stages reach.
-      ahead: the logits of a block are multiplied beside the values of the block before; False leaves the overlap to
-        the other warpgroups.
-      lazy: a row's output and sum are scaled anew only where its maximum rises by 8 in base 2, so that they are exact
-        but their common factor is not the maximum's.
+      lazy: a row's output and sum are scaled anew only where its maximum rises by 8 in base 2 (FlashAttention-4's);
+        the factor that they have in common is then not the maximum's, and their ratio is the same.
     """
 
     block_k: int = 128
@@ -36,7 +34,6 @@ class Forward(NamedTuple):
     q_stages: int = 2
     split_loop: bool = False
     turns: bool = True
-    ahead: bool = True
     lazy: bool = False
 
 
@@ -62,6 +59,7 @@ class Backward(NamedTuple):
 FORWARD_CANDIDATES: dict[int, tuple[Forward, ...]] = {
     64: (
         Forward(stages=3, split_loop=True, turns=False),
+        Forward(groups=3, stages=3, split_loop=True, lazy=True),
         Forward(groups=3, split_loop=True),
         Forward(groups=3, split_loop=True, turns=False),
         Forward(groups=3, split_loop=True, turns=False, stages=4),
@@ -76,6 +74,8 @@ FORWARD_CANDIDATES: dict[int, tuple[Forward, ...]] = {
     ),
     128: (
         Forward(),
+        Forward(lazy=True),
+        Forward(split_loop=True, lazy=True),
         Forward(split_loop=True),
         Forward(split_loop=True, turns=False),
         Forward(q_stages=1),

@@ -310,78 +310,12 @@ def _compute(p: _Program) -> None:
         my_turn()
         return pl.run_scoped(product, s_acc)
 
-    def apart(x: _Item, step: Any, out: Array, soften: Callable[[Array], Any]) -> Any:
-        """A block's logits, their softmax, then its values; the turn goes on from the values to the next logits."""
-        slot = p.slot(x.before + step)
-
-        def logits(s_ref: Any) -> Array:
-            issue_logits(s_ref, x, slot)
-            next_turn()
-            return plgpu.wgmma_accumulator_load(s_ref, wait_n=0)
-
-        s = pl.run_scoped(logits, s_acc)
-        p.arrive("k", slot)
-        new, top, norm, decay = soften(s)
-        out, weight = _rescaled(out, decay, call), new.astype(call.dtype)
-        out, weight, top, norm = lax.optimization_barrier((out, weight, top, norm))
-        plgpu.barrier_wait(refs.v_full.at[slot])
-        my_turn()
-
-        def values(o_ref: Any) -> Array:
-            wgmma_accumulator_store(o_ref, out)
-            plgpu.wgmma(o_ref, weight, refs.v_block.at[slot])
-            await_next_keys(x, step)
-            return plgpu.wgmma_accumulator_load(o_ref, wait_n=0)
-
-        if call.interpret:
-            out = accumulate(out, weight, refs.v_block.at[slot], True)
-            await_next_keys(x, step)
-        else:
-            out = pl.run_scoped(values, o_acc)
-        p.arrive("v", slot)
-        return out, top, norm
-
     def last_values(x: _Item, out: Array, weight: Array) -> Array:
         slot = p.slot(x.before + x.last - 1)
         plgpu.barrier_wait(refs.v_full.at[slot])
         out = accumulate(out, weight, refs.v_block.at[slot], call.interpret)
         p.arrive("v", slot)
         return out
-
-    def one_apart(x: _Item, before: Any, mask: Any) -> Any:
-        top = plgpu.layout_cast(jnp.full((BLOCK_Q,), LOWEST, jnp.float32), ROW)
-        norm = plgpu.layout_cast(jnp.zeros((BLOCK_Q,), jnp.float32), ROW)
-        out = plgpu.layout_cast(jnp.zeros((BLOCK_Q, call.width), jnp.float32), WGMMA)
-        plgpu.barrier_wait(refs.k_full.at[p.slot(x.before + x.first)])
-        my_turn()
-
-        def step(masked: bool | None, number: Any, carry: Any) -> Any:
-            out, top, norm = carry
-
-            def soften(s: Array) -> Any:
-                if masked is None:
-                    plain = (number >= x.plain_first) & (number < x.plain_last)
-                    s = lax.cond(plain, lambda s: s, lambda s: mask(s, number), s)
-                elif masked:
-                    s = mask(s, number)
-                return _softmax(s, top, norm, call.scale, blocks.lazy)
-
-            return apart(x, number, out, soften)
-
-        carry = out, top, norm
-        if blocks.split_loop:
-            carry = lax.fori_loop(x.first, x.plain_first, functools.partial(step, True), carry)
-            carry = lax.fori_loop(x.plain_first, x.plain_last, functools.partial(step, False), carry)
-            carry = lax.fori_loop(x.plain_last, x.last, functools.partial(step, True), carry)
-        else:
-            carry = lax.fori_loop(x.first, x.last, functools.partial(step, None), carry)
-        out, top, norm = carry
-        plgpu.commit_smem()
-        p.arrive("q", x.q_stage)
-        next_turn()
-        pass_by(x, x.last, x.steps)
-        _store(p, x, out, top, norm)
-        return before + x.steps
 
     def one(place: Any, before: Any) -> Any:
         x = _open(p, place, before)
@@ -391,8 +325,6 @@ def _compute(p: _Program) -> None:
         )
         mask = functools.partial(_mask, p, x, start, end)
         pass_by(x, jnp.int32(0), x.first)
-        if not blocks.ahead:
-            return one_apart(x, before, mask)
         s = first_block(x)
         top = plgpu.layout_cast(jnp.full((BLOCK_Q,), LOWEST, jnp.float32), ROW)
         norm = plgpu.layout_cast(jnp.zeros((BLOCK_Q,), jnp.float32), ROW)

@@ -211,11 +211,10 @@ PACKED = gpu()
         ),
         (SMALL, {"rows": 70, "keys": 200, "batch": 2}, "none", {"splits": 2}),
         (Forward(block_k=64, q_stages=1), {"rows": 100, "keys": 130, "width": 256}, "separate", {}),
-        (Forward(block_k=64, ahead=False, lazy=True), {"rows": 130, "keys": 200}, "separate", {}),
-        (Forward(block_k=64, ahead=False, split_loop=True), {"rows": 130, "keys": 130}, "same", {}),
+        (Forward(block_k=64, split_loop=True, lazy=True), {"rows": 130, "keys": 130}, "same", {}),
         (Forward(block_k=64, lazy=True, groups=1), {"rows": 70, "keys": 200}, "separate", {"splits": 2}),
     ],
-    ids=["f16 groups 3", "D128 grouped heads split", "none split", "D256", "apart lazy", "apart", "lazy split"],
+    ids=["f16 groups 3", "D128 grouped heads split", "none split", "D256", "lazy", "lazy split"],
 )
 def test_any_ranges_are_the_reference(blocks, sizes, own, settings):
     """Ranges at random, one row in six empty or reversed; the output of an empty row without self term is 0."""
