@@ -5,6 +5,7 @@ Shapes are filled up to a few bucket sizes, each compiled when the ranker is war
 compiler. Search is the tree's, so the model is one of `Config.search` "hard" or "none", whose parameters are the same.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -144,7 +145,10 @@ class Ranker:
         self.buckets = buckets or Buckets()
         self._held = jax.device_put((params, items.tables()))
         model = replace(config, search="none")
-        self._score: Callable[..., Any] = jax.jit(partial(_scores, config=model, chunk=self.buckets.candidates[-1]))
+        scores = partial(_scores, config=model, chunk=self.buckets.candidates[-1])
+        self._score: Callable[..., Any] = jax.jit(
+            lambda held, sent, form: scores(*held, *_unpacked(sent, form)), static_argnames="form"
+        )
 
     def warm_up(self) -> int:
         """Compiles every pair of sizes and returns how many there are. Until then first requests wait."""
@@ -225,12 +229,13 @@ class Ranker:
         user = {name: np.asarray(x)[None] for name, x in ask.user_features.items()}
         context = {name: _filled(np.broadcast_to(x, n), size)[None] for name, x in ask.context.items()}
         dense = _filled(ask.dense, size)[None] if c.dense else None
-        scores: np.ndarray = np.asarray(self._score(*self._held, sent, user, context, dense))[:n]
+        scores: np.ndarray = np.asarray(self._score(self._held, *_packed((sent, user, context, dense))))[:n]
         return scores
 
 
 class Sent(NamedTuple):
-    """What goes to the device: places of items, which stand there as tables, and counts in the place of masks."""
+    """Of items and behaviours, what goes to the device: places of items, which stand there as tables, and counts in
+    the place of masks."""
 
     target: Int32[Any, " C"]
     place: Int32[Any, " C"]
@@ -239,6 +244,13 @@ class Sent(NamedTuple):
     found: Int32[Any, "n K"]  # newest first, as the tree answers
     found_age: Int32[Any, "n K"]  # seconds
     found_count: Int32[Any, " n"]
+
+
+class Form(NamedTuple):
+    """Of packed arrays."""
+
+    structure: Any  # of the tree
+    leaves: tuple[tuple[tuple[int, ...], str], ...]  # shape and dtype of each
 
 
 def _scores(
@@ -275,6 +287,35 @@ def _scores(
         dense=dense,
     )
     return score(params, request, config, chunk=chunk)[0]
+
+
+def _packed(tree: Any) -> tuple[Int32[np.ndarray, " n"], Form]:
+    """The arrays of a tree in one, since a device is handed each on its own; floats as float32, integers as int32.
+
+    Returns:
+      Their words one after the other, and what `_unpacked` needs to know, which is the same for arrays of these shapes.
+
+    Raises:
+      TypeError: what is no number, as a feature that was not encoded.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = [np.asarray(x) for x in leaves]
+    if any(x.dtype.kind not in "biuf" for x in arrays):
+        wrong = [jax.tree_util.keystr(at) for at, x in jax.tree.leaves_with_path(tree) if x.dtype.kind not in "biuf"]
+        raise TypeError(f"a request's arrays must be numbers, its features encoded; these are not: {', '.join(wrong)}")
+    arrays = [x.astype(np.float32 if x.dtype.kind == "f" else np.int32, copy=False) for x in arrays]
+    words = np.concatenate([np.ravel(x).view(np.int32) for x in arrays])
+    return words, Form(structure, tuple((x.shape, x.dtype.name) for x in arrays))
+
+
+def _unpacked(words: Int32[Array, " n"], form: Form) -> Any:
+    """The tree that was packed."""
+    parts = jnp.split(words, np.cumsum([math.prod(shape) for shape, _ in form.leaves])[:-1])
+    leaves = [
+        jax.lax.bitcast_convert_type(part, np.dtype(dtype)).reshape(shape)
+        for part, (shape, dtype) in zip(parts, form.leaves, strict=True)
+    ]
+    return jax.tree.unflatten(form.structure, leaves)
 
 
 def _filled(x: Any, length: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from rec_core.interest import DIEN, MIMN
+from rec_core.interest import DIEN, MIMN, dien
 from rec_core.interest.dien import GatedGRU
 
 B, T, D = 3, 6, 4
@@ -53,6 +53,31 @@ def test_gated_gru_is_flaxs_gru_the_old_state_or_augru():
         u = a[:, t, None] * u
         h = (1 - u) * h + u * np.tanh(new)
     np.testing.assert_allclose(run(a)[0], h, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.portable
+@pytest.mark.parametrize("dtype, atol", [("float32", 1e-5), ("bfloat16", 3e-2)])
+def test_several_steps_a_turn_as_on_a_gpu_are_the_same_numbers_and_gradients(monkeypatch, dtype, atol):
+    monkeypatch.setattr(dien, "_TURN", 3)
+    length = 8  # turns, and steps that fill none
+    x, a, cut = draw(B, length, D), np.abs(draw(B, length, seed=1)) % 1, draw(B, length, D, seed=2)
+    module = GatedGRU(dtype)
+    params = jax.jit(module.init)(jax.random.key(0), x, a)
+
+    def loss(params, x, a):
+        last, states = module.apply(params, x, a)
+        assert last.dtype == states.dtype == jnp.float32
+        return jnp.sum(last**2) + jnp.mean(states * cut), (last, states)
+
+    def run():
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(params, x, a)
+
+    wanted = run()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "unroll=3" in str(jax.make_jaxpr(module.apply)(params, x, a))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=10 * atol, atol=atol), run(), wanted)
+    made = jax.jit(module.init)(jax.random.key(0), x, a)
+    jax.tree.map(np.testing.assert_array_equal, made, params)
 
 
 def test_dien_auxiliary_loss_by_hand():

@@ -9,7 +9,7 @@ import pytest
 import sim_jax
 from rec_core.data.schema import EventLog
 from rec_core.embedding import Categorical
-from sim_jax.serving import Ask, Buckets, ItemFields, Ranker
+from sim_jax.serving import Ask, Buckets, ItemFields, Ranker, _packed, _unpacked
 from sim_jax.tree_keys import ItemKeys
 from sim_jax.tree_table import TreeTable
 
@@ -115,6 +115,33 @@ def test_a_request_gets_the_models_numbers_and_waits_for_no_compiler(ranker):
     assert ranker._score._cache_size() == 4
 
 
+def test_a_request_is_handed_over_as_one_array(ranker, monkeypatch):
+    handed, run = [], ranker._score
+    monkeypatch.setattr(ranker, "_score", lambda held, *sent: handed.append((held, sent)) or run(held, *sent))
+    ranker.rank(ask(RAW[[0, 5, 7]]))
+    ((held, (words, form)),) = handed
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(held))  # on the device since the ranker was made
+    assert type(words) is np.ndarray and words.dtype == np.int32
+    assert not any(isinstance(x, np.ndarray | jax.Array) for x in jax.tree.leaves(form))
+
+
+@pytest.mark.portable
+def test_what_was_packed_is_unpacked():
+    tree = {
+        "ids": np.array([[3, -1], [2**31 - 1, 0]]),
+        "floats": (np.float64(0.1), np.array([np.nan, -0.0, np.inf], np.float32)),
+        "none": None,
+        "empty": np.zeros((0, 2), np.float16),
+        "flag": np.array(True),
+    }
+    words, form = _packed(tree)
+    assert hash(form) == hash(_packed(jax.tree.map(np.zeros_like, tree))[1])
+    found = jax.jit(_unpacked, static_argnames="form")(words, form)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, np.asarray(y, x.dtype)), found, tree)
+    assert [x.dtype.name for x in jax.tree.leaves(found)] == ["float32", "int32", "float32", "float32", "int32"]
+    assert np.signbit(found["floats"][1][1])
+
+
 @pytest.mark.parametrize("gap", [1, 3, 1000])
 def test_items_are_found_by_their_raw_ids_and_strangers_are_unknown(gap):
     ids = 5 + gap * np.array([0, 1, 3, 4])
@@ -141,5 +168,9 @@ def test_what_cannot_be_served_is_refused():
         Buckets(candidates=(8, 4))
     with pytest.raises(ValueError, match="item must rise"):
         ItemFields(RAW[::-1], {"item": RAW})
+    with pytest.raises(TypeError, match=r"these are not: \[1\]\['age'\]$"):
+        Ranker(PARAMS, CONFIG, tree, KEYS, FIELDS, buckets=BUCKETS).rank(
+            replace(ask(RAW[:2]), user_features={"age": "3"})
+        )
     with pytest.raises(ValueError, match="feature 'hour' reads field 'hour', which is missing"):
         Ranker(PARAMS, CONFIG, tree, KEYS, FIELDS, buckets=BUCKETS).rank(replace(ask(RAW[:2]), context={}))
