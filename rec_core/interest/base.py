@@ -144,7 +144,8 @@ def per_item(
 def age_bucket(time: Float[Array, "B T"], mask: Bool[Array, "B T"], ages: Sequence[float]) -> Int[Array, "B T"]:
     """The bucket, 0 .. len(ages), of each behaviour's age in seconds; an age at a bound is in the older bucket."""
     cuts = jnp.asarray(ages, jnp.float32)
-    return jnp.searchsorted(cuts, jnp.where(mask, jnp.asarray(time), 0).astype(jnp.float32), side="right", method="scan_unrolled")
+    age = jnp.where(mask, jnp.asarray(time), 0).astype(jnp.float32)
+    return jnp.searchsorted(cuts, age, side="right", method="scan_unrolled")  # no loop for a few cuts
 
 
 def check_shapes(target: Array, sequence: Array, mask: Array, time: Array | None) -> None:
