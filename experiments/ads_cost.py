@@ -1,6 +1,6 @@
 """What ADS costs: a training step, a request and its memory beside the attention alone, and what a second GPU gives.
 
-    python -m experiments ads-cost                       # for one GPU; not yet run in full
+    python -m experiments ads-cost                       # for one GPU
     python -m experiments ads-cost --devices 2           # the same, and the step on a data mesh of two
     python -m experiments ads-cost --quick               # sizes of a test: only shows that everything works
 

@@ -192,7 +192,7 @@ def _long_term_panels(
     models = tuple(name for name in ("DIEN", "SIM hard, time", "SIM soft, time") if name in done.params)
     if len(models) < 2 or models[0] != "DIEN":
         return []
-    found = long_term(done, config, models)
+    found = long_term(done, config, models, DAY_BINS)
     edges = np.array([*DAY_BINS, np.inf])
     place = np.searchsorted(edges, found.days, side="right") - 1
     place = np.minimum(place, len(DAY_BINS) - 1)  # a category that was never met is in the last
@@ -221,7 +221,7 @@ def _long_term_panels(
             what = f"Hit@10 of clicks more than {LONG_TERM_DAYS:.0f} days after the category, {name} against DIEN"
             findings.append(report.difference(what, gain, unit="Hit@10"))
             rows.append(
-                {"data": done.problem.name, "difference": what, "mean": gain.mean, "low": gain.low, "high": gain.high}
+                {"data": done.problem.name, "long_term": what, "mean": gain.mean, "low": gain.low, "high": gain.high}
             )
         numbers["long_term_hit_dien"] = float(found.hits["DIEN"][:, late].mean())
         numbers["long_term_hit_sim"] = float(found.hits[models[-1]][:, late].mean())
@@ -233,8 +233,8 @@ def _long_term_panels(
         report.Panel(
             "Long-term interest",
             svg,
-            "Test clicks ranked in the top 10 among 99 other items (drawn by popularity, the same for every model), by "
-            "d_category. The paper calls clicks beyond 14 days long-term.",
+            "Test clicks, as many of each bin as there are, ranked in the top 10 among 99 other items (drawn by "
+            "popularity, the same for every model), by d_category. The paper calls clicks beyond 14 days long-term.",
             samples=len(found.days),
             seeds=config.seeds,
             interval="95 %, bootstrap over users and seeds",

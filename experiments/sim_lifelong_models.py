@@ -42,7 +42,7 @@ class SimLifelong:
       recent: behaviours that every model reads. top: that a search keeps. memory: that MIMN reads.
       whole: behaviours that models without a search read; the newest of a longer history.
       batch_size, learning_rate: of Adam, with linear decay.
-      clicks: test clicks that are ranked among 99 other items.
+      clicks: test clicks that are ranked among 99 other items, as many of each age of the category as there are.
       recall_samples: test samples for what the searches find.
       workers: models under way at once: one computes while others are compiled.
     """
@@ -304,11 +304,17 @@ class LongTerm:
     hits: dict[str, np.ndarray]  # model -> [seeds, n]
 
 
-def long_term(done: Trained, config: SimLifelong, models: tuple[str, ...]) -> LongTerm:
-    """Ranks test clicks among 99 other items, drawn by popularity in the training samples, the same for all models."""
+def long_term(done: Trained, config: SimLifelong, models: tuple[str, ...], days: tuple[float, ...]) -> LongTerm:
+    """Ranks test clicks among 99 other items, drawn by popularity in the training samples, the same for all models.
+
+    Args:
+      days: bounds from which on bins begin; as many clicks of each bin, as far as there are so many.
+    """
     problem, rng = done.problem, np.random.default_rng(0)
-    clicks = problem.test[problem.label[problem.test] == 1]
-    clicks = np.sort(rng.permutation(clicks)[: config.clicks])
+    clicks = rng.permutation(problem.test[problem.label[problem.test] == 1])
+    place = np.searchsorted(days, lifelong.days_since_category(done.device, clicks), side="right")
+    each = -(-config.clicks // len(days))
+    clicks = np.sort(np.concatenate([clicks[place == bin_][:each] for bin_ in np.unique(place)]))
     popular = problem.target["item"][problem.train]
     others = popular[rng.integers(0, len(popular), (len(clicks), 99))]
     item = np.concatenate([problem.target["item"][clicks, None], others], axis=1)

@@ -85,7 +85,7 @@ def test_searches_that_keep_everything_find_all_of_each_other_and_clicks_are_ran
     found = recall(done, settings)
     assert found["sdim_of_exact"] == found["eta_of_exact"] == 1.0 and found["hard_of_soft"] == found["same_category"]
     assert 0 < found["same_category"] < 1
-    ranked = long_term(done, settings, ("SIM hard, time",))
+    ranked = long_term(done, settings, ("SIM hard, time",), sim_lifelong.DAY_BINS)
     hits = ranked.hits["SIM hard, time"]
     assert hits.shape == (1, len(ranked.days)) and set(np.unique(hits)) <= {0.0, 1.0}
 
