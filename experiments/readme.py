@@ -135,11 +135,8 @@ def _long_term(result: Result) -> str:
     late = ""
     if hits and "long_term_hit_dien" in f and "long_term_hit_sim" in f:
         late = f" Beyond 14 days: {models[0]} {f['long_term_hit_dien']:.3f}, {models[-1]} {f['long_term_hit_sim']:.3f}."
-    late += "".join(
-        f" {row['long_term']}: {span(row['mean'], row['low'], row['high'], 3)}."
-        for row in result.rows
-        if "long_term" in row
-    )
+    rows: list[Any] = [row for row in result.rows if "long_term" in row]
+    late += "".join(f" {row['long_term']}: {span(row['mean'], row['low'], row['high'], 3)}." for row in rows)
     text = (
         "Clicks of the synthetic world found in the top 10 of 100 candidates, by days (from) since the user's last "
         f"behaviour in the category (95 % intervals by bootstrap over users and seeds).{late}"
