@@ -1,26 +1,29 @@
 """ADS, personalized candidate representation generation (arXiv 2502.05523, equations 6 and 7)."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 
 class Queries(nn.Module):
-    """A linear layer to a vector for each chunk; it starts at zero. See `PCRG` for `oldest_of`."""
+    """Matrix and bias of a linear layer to a vector for each chunk; both start at zero. See `PCRG` for `oldest_of`."""
 
     chunks: int
     width: int
-    dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "*n hidden"], oldest_of: int | None = None) -> Float[Array, "*n G width"]:
+    def __call__(
+        self, hidden: int, oldest_of: int | None = None
+    ) -> tuple[Float[Array, "hidden G width"], Float[Array, "G width"]]:
         size = self.chunks * self.width
-        kernel = self.param("kernel", nn.initializers.zeros, (hidden.shape[-1], size), jnp.float32)
+        kernel = self.param("kernel", nn.initializers.zeros, (hidden, size), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (size,), jnp.float32)
         kernel, bias = (x.reshape(*x.shape[:-1], self.chunks, self.width) for x in (kernel, bias))
         if oldest_of is not None:  # the layer is turned round, which is small, and not what it makes for each example
             kernel, bias = (x[..., :oldest_of, :][..., ::-1, :] for x in (kernel, bias))
-        return jnp.einsum("...h,hgd->...gd", hidden, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        return kernel, bias
 
 
 class PCRG(nn.Module):
@@ -40,14 +43,33 @@ class PCRG(nn.Module):
 
     @nn.compact
     def __call__(
-        self, domain: Float[Array, "B d_D"], target: Float[Array, "B *C d_Q"], *, oldest_of: int | None = None
-    ) -> Float[Array, "B *C G d_Q"]:
-        """The queries, the newest chunk's first; with `oldest_of`, of that many newest chunks, the oldest first."""
+        self,
+        domain: Float[Array, "B d_D"],
+        target: Float[Array, "B *C d_Q"],
+        *,
+        oldest_of: int | None = None,
+        project: Callable[[Float[Array, "*n d_Q"]], Array] | None = None,
+    ) -> Float[Array, "B *C G d_Q"] | Float[Array, "B *CG heads d_K"]:
+        """The queries, the newest chunk's first; with `oldest_of`, of that many newest chunks, the oldest first.
+
+        Args:
+          project: a linear map of queries, which is then in the result; it acts on parameters instead of examples.
+        """
         if self.chunks < 1:
             raise ValueError(f"PCRG: chunks is {self.chunks}, must be at least 1")
         d_q, target = target.shape[-1], target.astype(self.dtype)
         of_domain = nn.Dense(self.hidden, dtype=self.dtype, name="first_domain")(domain)
         of_target = nn.Dense(self.hidden, use_bias=False, dtype=self.dtype, name="first_target")(target)
         of_domain = of_domain.reshape(len(domain), *[1] * (target.ndim - 2), self.hidden)
-        private = Queries(self.chunks, d_q, self.dtype, name="second")(nn.relu(of_domain + of_target), oldest_of)
-        return private + target[..., None, :]
+        hidden = nn.relu(of_domain + of_target)
+        kernel, bias = Queries(self.chunks, d_q, name="second")(self.hidden, oldest_of)
+        if project is None:
+            kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
+            private = jnp.einsum("...h,hgd->...gd", hidden, kernel) + bias  # (6)
+            return private + target[..., None, :]  # (7)
+        # The same as a single product, of [hidden ; E_Q ; 1]: no sum, forward or backward, is a pass of its own.
+        bias = project(bias)
+        tile = jnp.broadcast_to(project(jnp.eye(d_q))[:, None], (d_q, *bias.shape))
+        matrix = jnp.concatenate([project(kernel), tile, bias[None]]).astype(self.dtype)
+        given = jnp.concatenate([hidden, target, jnp.ones_like(target[..., :1])], axis=-1)
+        return (given @ matrix.reshape(len(matrix), -1)).reshape(*given.shape[:-1], *bias.shape)

@@ -1,6 +1,7 @@
 """ADS as a plug-in: sequence and candidate made personal per domain, in front of any target attention (arXiv
 2502.05523). The attention itself is not changed."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,7 +32,9 @@ class ADS(nn.Module):
     `read` is once a candidate, and `candidates` both.
 
     Attributes:
-      unit: such as `rec_core.interest.DIN()`.
+      unit: such as `rec_core.interest.DIN()`. One that offers `encode_mapped`, `project` and `attend`, as
+        `rec_core.interest.MultiHead` does, is given PSRG's linear map and not its result, and takes its queries
+        projected; the numbers are the same but for rounding, and the personal sequence is never made.
       length: the longest sequence, T; `items` behaviours share a query, the oldest chunk may be short (1: unchunked).
       hidden, eta: of the generators.
       sequence, candidate: whether PSRG and PCRG are there (the paper's ablation).
@@ -90,6 +93,9 @@ class ADS(nn.Module):
             return jnp.pad(x, [(0, 0), (-length % self.items, 0)] + [(0, 0)] * (x.ndim - 2))
 
         sequence, mask, time = jax.tree.map(whole_chunks, given)
+        if self.sequence and self._folds:
+            linear = self.psrg.generate(self._read(domain), sequence.shape[-1])
+            return Encoded(self.unit.encode_mapped(sequence, mask, *linear, time=time), length)
         if self.sequence:
             sequence = self.psrg(self._read(domain), jnp.where(mask[..., None], sequence, 0))
         return Encoded(self.unit.encode(sequence, mask, time=time), length)
@@ -98,7 +104,11 @@ class ADS(nn.Module):
         self, encoded: Encoded, target: Float[Array, "B d_Q"], domain: Float[Array, "B d_D"]
     ) -> Float[Array, "B d_out"]:
         """The interest in one candidate, from what `encode` gave."""
-        return self.unit.read(encoded.unit, self.queries(target, domain, encoded.length))
+        if not (self.candidate and self._folds):
+            return self.unit.read(encoded.unit, self.queries(target, domain, encoded.length))
+        chunks = -(-encoded.length // self.items)
+        project = partial(self.unit.project, encoded=encoded.unit, groups=chunks)
+        return self.unit.attend(encoded.unit, self.pcrg(self._read(domain), target, oldest_of=chunks, project=project))
 
     def queries(
         self, target: Float[Array, "B d_Q"], domain: Float[Array, "B d_D"], length: int
@@ -107,6 +117,10 @@ class ADS(nn.Module):
         if not self.candidate:
             return target
         return self.pcrg(self._read(domain), target, oldest_of=-(-length // self.items))
+
+    @property
+    def _folds(self) -> bool:
+        return hasattr(self.unit, "encode_mapped")
 
     def _read(self, domain: Float[Array, "B d_D"]) -> Float[Array, "B d_D"]:
         return jnp.ones_like(domain) if self.constant else domain

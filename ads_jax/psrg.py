@@ -4,18 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-
-class Generator(nn.Module):
-    """`relu(E_D W1^T + b1) W2^T + b2`. The second layer starts at zero, so that nothing is generated at first."""
-
-    hidden: int
-    size: int
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, domain: Float[Array, "*n d_D"]) -> Float[Array, "*n size"]:
-        hidden = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name="first")(domain))
-        return nn.Dense(self.size, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="second")(hidden)
+from ads_jax.generator import Generator
 
 
 class PSRG(nn.Module):
@@ -35,10 +24,14 @@ class PSRG(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, domain: Float[Array, "B d_D"], sequence: Float[Array, "B T d_S"]) -> Float[Array, "B T d_S"]:
-        d = sequence.shape[-1]
+    def generate(self, domain: Float[Array, "B d_D"], d: int) -> tuple[Float[Array, "B d d"], Float[Array, "B d"]]:
+        """`reshape(W_generated)^T` and `b_generated`, for behaviours `d` wide: equations 2-4."""
         w_shared = self.param("w_shared", lambda _: jnp.eye(d))
-        w_private = nn.sigmoid(Generator(self.hidden, d * d, self.dtype, name="weight")(domain))
-        w_generated = self.eta * w_shared.astype(self.dtype) * w_private.reshape(-1, d, d)
-        b_generated = Generator(self.hidden, d, self.dtype, name="bias")(domain)
-        return jnp.einsum("bti,boi->bto", sequence.astype(self.dtype), w_generated) + b_generated[:, None]
+        w_private = nn.sigmoid(Generator(self.hidden, d * d, True, self.dtype, name="weight")(domain))
+        w_generated = self.eta * w_shared.T.astype(self.dtype) * w_private.reshape(-1, d, d)
+        b_generated = Generator(self.hidden, d, False, self.dtype, name="bias")(domain)
+        return w_generated, b_generated
+
+    def __call__(self, domain: Float[Array, "B d_D"], sequence: Float[Array, "B T d_S"]) -> Float[Array, "B T d_S"]:
+        w_generated, b_generated = self.generate(domain, sequence.shape[-1])
+        return jnp.einsum("bti,bio->bto", sequence.astype(self.dtype), w_generated) + b_generated[:, None]

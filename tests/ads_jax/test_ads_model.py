@@ -134,17 +134,17 @@ def test_candidates_of_a_request_get_the_numbers_of_each_alone(config, of_candid
 
 
 def test_a_request_encodes_its_sequence_once(monkeypatch):
-    encoded, original = [], ads_jax.PSRG.__call__
+    encoded, original = [], ads_jax.ADS.encode
 
-    def counted(self, domain, sequence):
-        encoded.append(sequence.shape)
-        return original(self, domain, sequence)
+    def counted(self, sequence, mask, domain, **options):
+        encoded.append((sequence.shape, domain.shape))
+        return original(self, sequence, mask, domain, **options)
 
-    monkeypatch.setattr(ads_jax.PSRG, "__call__", nn.compact(counted))
+    monkeypatch.setattr(ads_jax.ADS, "encode", counted)
     params = drawn(CONFIG)
     encoded.clear()
     jax.eval_shape(functools.partial(ads_jax.score, config=CONFIG), params, asked())
-    assert encoded == [(6, 8, 4)]  # all requests, slots up to whole chunks, no candidates
+    assert encoded == [((6, 6, 4), (6, 8))]  # all requests, no candidates
 
 
 @pytest.mark.parametrize("interest", ["din", "multi_head", "can"])

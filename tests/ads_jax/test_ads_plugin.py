@@ -16,6 +16,7 @@ OPTIONS = {
     "can": {"hidden": (4, 2)},
     "mimn": {"hidden": (4,), "units": 5},
     "sdim": {"bits": 1},
+    "multi_head": {"heads": 2, "width": 2},  # so narrow that keys are made for a query of each behaviour
 }
 PAPER = ("din", "multi_head", "can")
 
@@ -108,6 +109,44 @@ def test_chunks_are_the_literal_queries_of_every_item(name):
         unit = {"params": params["params"]["unit"]}
         wanted = module.unit.apply(unit, jnp.asarray(literal), personal, mask, time=time)
         np.testing.assert_allclose(run(*data()), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("items", [1, 3])
+def test_what_multi_head_takes_over_has_the_gradients_of_the_literal_formula(items):
+    module, params, _ = build("multi_head", items=items)
+    target, sequence, mask, domain, _ = data()
+
+    def literal(params, target, sequence, domain):
+        bound = module.bind(params)
+        newest = (T - 1 - jnp.arange(T)) // items
+        personal, queries = bound.psrg(domain, sequence), bound.pcrg(domain, target)[:, newest]
+        return module.unit.apply({"params": params["params"]["unit"]}, queries, personal, mask)
+
+    def taken(params, target, sequence, domain):
+        return module.apply(params, target, sequence, mask, domain)
+
+    def gradients(function):
+        return jax.grad(lambda *a: jnp.sum(jnp.sin(function(*a))), (0, 1, 2, 3))(params, target, sequence, domain)
+
+    run = jax.jit(gradients, static_argnums=0)
+    for wanted, got in zip(jax.tree.leaves(run(literal)), jax.tree.leaves(run(taken)), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_a_map_of_the_queries_may_be_left_to_pcrg():
+    target, _, _, domain, _ = data()
+    module = PCRG(chunks=3, hidden=5)
+    params = drawn(module.init(jax.random.key(0), domain, target))
+    matrix = jnp.asarray(np.random.default_rng(2).normal(size=(2, D, 3)), jnp.float32)
+    many = jnp.stack([target, target[::-1]], axis=1)
+
+    def project(queries):
+        return jnp.einsum("...d,edf->...ef", queries, matrix)
+
+    for oldest_of in (None, 2):
+        queries = module.apply(params, domain, many, oldest_of=oldest_of)
+        got = module.apply(params, domain, many, oldest_of=oldest_of, project=project)
+        np.testing.assert_allclose(got, project(queries), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["din", "multi_head", "can", "dien"])

@@ -43,6 +43,42 @@ def test_multi_head_is_the_equation(per_item):
     np.testing.assert_allclose(out, expected.reshape(B, 6), rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("groups", [1, 3, 6])
+def test_multi_head_takes_over_linear_maps(groups):
+    """A map of the behaviours and one of the queries, both left to it: values and gradients are those of mapping first.
+
+    One and three queries go to the space of the behaviours; of six, keys are made.
+    """
+    module, sequence, target = MultiHead(heads=2, width=3), draw(B, T, D), draw(B, groups, 5, seed=1)
+    params, weight, bias, of_target = build(module, target, sequence), draw(B, D, D, seed=2), draw(B, D), draw(5, 5)
+    answer = draw(B, 6, seed=3)
+
+    def first(params, target, sequence, weight, bias):
+        mapped = jnp.einsum("bti,bio->bto", sequence, weight) + bias[:, None]
+        return module.apply(params, target @ of_target, mapped, MASK)
+
+    def left(params, target, sequence, weight, bias):
+        bound = module.bind(params)
+        encoded = bound.encode_mapped(sequence, MASK, weight, bias)
+        of_parameter = bound.project(of_target, encoded, groups)  # it is linear: of the map, not of what is mapped
+        return bound.attend(encoded, jnp.einsum("bgq,qhd->bghd", target, of_parameter))
+
+    def both(function):
+        value, back = jax.vjp(function, params, target, sequence, weight, bias)
+        return value, back(answer)
+
+    for wanted, got in zip(*(jax.tree.leaves(jax.jit(both, static_argnums=0)(f)) for f in (first, left)), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_multi_head_makes_no_keys_or_values_of_all_behaviours_for_a_shared_query():
+    module, target, sequence = MultiHead(heads=2, width=3), draw(B, D), draw(B, T, D)
+    params = build(module, target, sequence)
+    program = jax.make_jaxpr(jax.grad(lambda *a: module.apply(*a, MASK).sum(), (0, 2)))(params, target, sequence)
+    sizes = [variable.aval.size for equation in program.eqns for variable in equation.outvars]
+    assert max(sizes) < B * T * 6
+
+
 def test_target_and_behaviours_may_differ_in_width():
     """SIM's exact search attends over `[e ; e_time]`."""
     target, sequence = draw(B, D), draw(B, T, D + 2)
