@@ -6,7 +6,7 @@ compiler. Search is the tree's, so the model is one of `Config.search` "hard" or
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
@@ -144,6 +144,7 @@ class Ranker:
         self.config, self.tree, self.keys, self.items = config, tree, keys, items
         self.buckets = buckets or Buckets()
         self._held = jax.device_put((params, items.tables()))
+        self._dtypes = _dtypes((*config.user_features, *config.context_features))
         model = replace(config, search="none")
         scores = partial(_scores, config=model, chunk=self.buckets.candidates[-1])
         self._score: Callable[..., Any] = jax.jit(
@@ -226,11 +227,26 @@ class Ranker:
             found_age=_filled(ask.time - found.time, keys),
             found_count=_filled(found.count, keys),
         )
-        user = {name: np.asarray(x)[None] for name, x in ask.user_features.items()}
-        context = {name: _filled(np.broadcast_to(x, n), size)[None] for name, x in ask.context.items()}
+        user = {name: x[None] for name, x in self._read(ask.user_features)}
+        context = {name: _filled(np.broadcast_to(x, n), size)[None] for name, x in self._read(ask.context)}
         dense = _filled(ask.dense, size)[None] if c.dense else None
         scores: np.ndarray = np.asarray(self._score(self._held, *_packed((sent, user, context, dense))))[:n]
         return scores
+
+    def _read(self, features: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+        """The features that the model reads, each in the one dtype that was compiled for it."""
+        for name, value in features.items():
+            if name in self._dtypes:
+                x = np.asarray(value)
+                yield name, x.astype(self._dtypes[name]) if x.dtype.kind in "biuf" else x
+
+
+def _dtypes(specs: Iterable[embedding.Feature]) -> dict[str, type[np.generic]]:
+    """float32 for a field that some feature cuts into buckets, else int32."""
+    parts = [part for spec in specs for part in (spec.of if isinstance(spec, embedding.Cross) else (spec,))]
+    names = {part if isinstance(part, str) else part.name for part in parts}
+    cut = {part.name for part in parts if isinstance(part, embedding.Continuous)}
+    return {name: np.float32 if name in cut else np.int32 for name in names}
 
 
 class Sent(NamedTuple):

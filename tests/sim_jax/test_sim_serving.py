@@ -8,7 +8,7 @@ import pytest
 
 import sim_jax
 from rec_core.data.schema import EventLog
-from rec_core.embedding import Categorical
+from rec_core.embedding import Categorical, Continuous
 from sim_jax.serving import Ask, Buckets, ItemFields, Ranker, _packed, _unpacked
 from sim_jax.tree_keys import ItemKeys
 from sim_jax.tree_table import TreeTable
@@ -16,7 +16,7 @@ from sim_jax.tree_table import TreeTable
 ITEMS = 40
 CONFIG = sim_jax.Config(
     item_features=(Categorical("item", ITEMS, 4), Categorical("category", 8, 4)),
-    user_features=(Categorical("age", 5, 2),),
+    user_features=(Categorical("age", 5, 2), Continuous("tenure", (1.0, 5.0), 2)),
     context_features=(Categorical("hour", 24, 2),),
     search="hard",
     top=3,
@@ -48,7 +48,8 @@ BUCKETS = Buckets(candidates=(4, 8), keys=(3, 6), recent=4)
 def ask(candidates, user=5, time=6000, **changes):
     own = LOG.user == user
     recent = {"recent": LOG.item[own], "recent_time": LOG.time[own]}
-    return Ask(user, time, candidates, **recent, user_features={"age": 3}, context={"hour": 7}, **changes)
+    features = {"age": 3, "tenure": 2.5}
+    return Ask(user, time, candidates, **recent, user_features=features, context={"hour": 7}, **changes)
 
 
 def one_by_one(request, keys=KEYS):
@@ -83,7 +84,7 @@ def one_by_one(request, keys=KEYS):
             label=np.zeros(1, np.float32),
             weight=np.ones(1, np.float32),
             long_time=age,
-            user={"age": np.array([3])},
+            user={"age": np.array([3]), "tenure": np.array([request.user_features["tenure"]], np.float32)},
             context={"hour": np.array([hour])},
         )
         scores.append(float(APPLY(PARAMS, batch)[0]))
@@ -109,6 +110,7 @@ def test_a_request_gets_the_models_numbers_and_waits_for_no_compiler(ranker):
         replace(ask(RAW[[3, 9, 4]]), context={"hour": np.array([1, 2, 23])}),
         ask(np.array([RAW[0], 123456])),  # an item that nobody knows: no key, the unknown item's vector
         replace(ask(RAW[np.arange(20) % 11]), context={"hour": np.arange(20)}),  # in parts
+        replace(ask(RAW[[2, 6]]), user_features={"age": np.int64(3), "tenure": 7, "unread": 1.5}),  # of other types
     ):
         np.testing.assert_allclose(ranker.rank(request), one_by_one(request), rtol=1e-4, atol=1e-5)
     assert ranker.rank(ask(RAW[:0])).shape == (0,)
