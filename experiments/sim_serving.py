@@ -35,6 +35,7 @@ from jaxtyping import Float, Int
 
 from experiments import figures, progress, report, results
 from experiments.results import Row
+from experiments.steps.timing import uncollected
 from rec_core.data.schema import EventLog, Ragged
 from rec_core.store import Store, StoreError, open_store
 from sim_jax.tree import BehaviorTree
@@ -236,16 +237,17 @@ def lookups(config: SimServing, store: Store, *, past: bool = False) -> Float[np
     rank = np.append(np.arange(FAVOURITES), ranks(rng, (config.candidates - FAVOURITES,)))
     offsets = np.arange(config.candidates + 1)
     taken = []
-    for _ in range(warm + config.requests):
-        user = config.users + rng.integers(0, config.long_users, 1)
-        keys = category(user, rng.permutation(rank))
-        before = START + int(rng.integers(10, 90)) * DAY if past else START + 365 * DAY
-        began = time.perf_counter_ns()
-        asked = distinct(Ragged(offsets, keys))
-        found = tree.lookup(user, asked.keys, config.k, before)
-        taken.append(time.perf_counter_ns() - began)
-        if len(found.count) != FAVOURITES or not found.count.any():
-            raise RuntimeError(f"{store.name}: user {user[0]} has no behaviours where {config.history} were filed")
+    with uncollected():
+        for _ in range(warm + config.requests):
+            user = config.users + rng.integers(0, config.long_users, 1)
+            keys = category(user, rng.permutation(rank))
+            before = START + int(rng.integers(10, 90)) * DAY if past else START + 365 * DAY
+            began = time.perf_counter_ns()
+            asked = distinct(Ragged(offsets, keys))
+            found = tree.lookup(user, asked.keys, config.k, before)
+            taken.append(time.perf_counter_ns() - began)
+            if len(found.count) != FAVOURITES or not found.count.any():
+                raise RuntimeError(f"{store.name}: user {user[0]} has no behaviours where {config.history} were filed")
     return np.array(taken[warm:]) / 1e6
 
 

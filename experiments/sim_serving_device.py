@@ -1,17 +1,13 @@
 """The part of `sim_serving.py` that wants an accelerator: ranking latency, and training by search against full length.
 
 Users of random behaviours: what is measured is time, which their content does not change. Each figure is a ratio or a
-percentile of one run on one device, after everything was compiled. Python's collector of cycles stands still while
-requests are timed, as it should in a process that serves: once in some hundred requests it would take 3 ms of one, and
-once in some thousand 140 ms.
+percentile of one run on one device, after everything was compiled, Python's collector standing still.
 """
 
-import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +20,7 @@ import sim_jax
 from experiments import results
 from experiments.steps import lifelong
 from experiments.steps.lifelong import Feed, Lifelong
+from experiments.steps.timing import uncollected
 from rec_core import training
 from rec_core.data.schema import EventLog
 from rec_core.embedding import Categorical
@@ -113,7 +110,7 @@ def rank_latency(sizes: Sizes) -> tuple[list[results.Row], dict[str, float]]:
             for length in histories:
                 log = logs[sizes.histories.index(length)]
                 asks = [_ask(rng, sizes, log, recent, item) for _ in range(sizes.requests)]
-                with _uncollected():
+                with uncollected():
                     ms = _milliseconds([partial(ranker.rank, ask) for ask in asks])
                 row: dict[str, Any] = {"what": f"rank, {name}", "behaviors": length, "candidates": sizes.candidates}
                 rows.append(row | {f"p{q}_ms": float(np.percentile(ms, q)) for q in (50, 90, 99)})
@@ -138,16 +135,6 @@ def _ask(rng: np.random.Generator, sizes: Sizes, log: EventLog, recent: int, ite
 
 def _look_up(ranker: Ranker, ask: Ask) -> Any:
     return ranker.tree.lookup(np.array([ask.user]), ranker.asked(ask).keys, ranker.config.top, ask.time)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _milliseconds(calls: list[Callable[[], Any]]) -> np.ndarray:
