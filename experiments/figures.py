@@ -252,9 +252,11 @@ def _references(axes: Axes, references: Mapping[str, float] | None, *, vertical:
 
 
 def _legend(axes: Axes, entries: int) -> None:
-    if entries and axes.get_legend_handles_labels()[0]:
+    labels = axes.get_legend_handles_labels()[1]
+    if entries and labels:
+        fit = max(1, 90 // (max(map(len, labels)) + 6))  # columns that the figure's width holds
         axes.legend(
-            loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=min(entries, 3), borderaxespad=0.2, handlelength=1.8
+            loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=min(entries, 3, fit), borderaxespad=0.2, handlelength=1.8
         )
 
 
