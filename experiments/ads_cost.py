@@ -37,6 +37,10 @@ from rec_core.sharding import make_mesh
 ATTENTIONS = ("MHA", "DIN", "CAN")
 PARTS = ("step", "request", "devices")
 CHUNK = 10  # behaviours that share a query, of the figures
+COLUMNS = {
+    "what": "part", "case": "case", "attention": "attention", "length": "behaviours", "model": "model", "ms": "ms",
+    "overhead_pct": "% more", "memory_gib": "GiB", "speedup": "times faster", "reason": "not measured",
+}  # fmt: skip
 COUNTS = "as compiled: arguments, results and temporaries"
 
 
@@ -254,11 +258,13 @@ def page(outcome: results.Result) -> str:
         if values:
             drawn = figures.bars(values, title=title, x_label=label, digits=2)
             panels.append(report.Panel(title, drawn, "Medians; contenders in turn within each repeat."))
+    shown = [row for row in outcome.rows if row["what"] in ("whole step", "devices")] or outcome.rows
     return report.page(
         outcome,
         "What ADS costs",
         lead=f"Training steps and requests on one model and one device. Memory is {COUNTS}.",
-        headline=[row for row in outcome.rows if row["what"] in ("whole step", "devices")] or outcome.rows,
+        headline=shown,
+        columns={name: heading for name, heading in COLUMNS.items() if any(name in row for row in shown)},
         panels=panels,
         tables={"Everything measured": outcome.rows},
     )

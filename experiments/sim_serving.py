@@ -327,20 +327,29 @@ def page(config: SimServing, outcome: results.Result, curves: dict[str, Float[np
     """The report."""
     stores: list[Row] = []
     answers: list[Row] = []
-    rest: list[Row] = []
+    devices: dict[str, list[Row]] = {}
     for row in outcome.rows:
         what = str(row.get("what", ""))
-        (answers if what.startswith("look-up") else stores if "events_per_s" in row else rest).append(row)
+        if "device" in row:
+            part = "Ranking" if "p50_ms" in row else "Training steps"
+            devices.setdefault(f"{part}, {row['device']}", []).append(_without(row, "device", "commit"))
+        else:
+            (answers if what.startswith("look-up") else stores).append(row)
+    tables = {"Build and append": stores} | devices
     return report.page(
         outcome,
         "SIM's behaviour tree in serving",
         lead=f"A tree of {config.events:,} events, built, appended to and asked on this machine."
         if curves
         else "Ranking and training on this device.",
-        headline=answers or rest,
+        headline=answers or next(iter(devices.values())),
         panels=[_panel(config, curves)] if curves else [],
-        tables={title: table for title, table in {"Build and append": stores, "On the device": rest}.items() if table},
+        tables={title: table for title, table in tables.items() if table},
     )
+
+
+def _without(row: Row, *names: str) -> Row:
+    return {name: value for name, value in row.items() if name not in names}
 
 
 def _panel(config: SimServing, curves: dict[str, Float[np.ndarray, "n"]]) -> report.Panel:
