@@ -94,7 +94,10 @@ def _lifelong(result: Result) -> str:
     order = [
         [what, *(difference(pairs.get((name, what))) for name in data)] for what in dict.fromkeys(x for _, x in pairs)
     ]
-    whys: dict[Any, Values] = {(row["data"], row["reason"]): row for row in rows if "reason" in row}
+    # Of a reason the pair alone, which is what was measured; the text behind it is the report's.
+    whys: dict[Any, Values] = {
+        (row["data"], str(row["reason"]).partition(" (")[0]): row for row in rows if "reason" in row
+    }
     reasons = [
         [what, *(difference(whys.get((name, what))) for name in data)] for what in dict.fromkeys(x for _, x in whys)
     ]
@@ -113,7 +116,13 @@ def _lifelong(result: Result) -> str:
         table(["model", *titles], levels),
         prose(f"The published order, in each pair first less second (AUC; {PAIRED}):" if order else ""),
         table(["pair", *titles], order),
-        prose("Where ours differs from it, what it rests on (pairs that differ in one thing):" if reasons else ""),
+        prose(
+            "What may explain where ours differs: units that sum beside units with a softmax, which forgets how much "
+            "there was; and one unit on what a search found beside the same on the whole (not the only difference of a "
+            "pair):"
+            if reasons
+            else ""
+        ),
         table(["pair", *titles], reasons),
         prose(f"On the synthetic world {', '.join(found)} (means over samples and seeds)." if found else ""),
         _long_term(result),

@@ -53,11 +53,14 @@ ORDER = (
     ("SIM soft", "SIM soft, time"),
     ("SIM soft", "DIN over the whole"),
 )
-# What the order here rests on: pairs that differ in one thing, the second expected above the first.
+# Pairs that may explain where the order differs: the second expected above the first.
 REASONS = {
-    ("SIM soft", "GSU soft"): "a sum over what was found, not a softmax, which forgets how much there was",
-    ("SIM hard, time", "SIM hard, time, DIN as exact unit"): "the same, of hard search",
-    ("DIN over the whole, time", "SIM hard, time, DIN as exact unit"): "one unit, on what a search found",
+    (
+        "SIM soft",
+        "GSU soft",
+    ): "a sum over what was found, beside a softmax over it",
+    ("SIM hard, time", "SIM hard, time, DIN as exact unit"): "a sum over what was found, beside a softmax over it",
+    ("DIN over the whole, time", "SIM hard, time, DIN as exact unit"): "one unit, on what a search found and on all",
 }
 
 

@@ -86,10 +86,8 @@ def compile_all(lower: Mapping[Any, Callable[[], Any]], *, log: Callable[[str], 
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Python's collector of cycles stands still, as it should in a process that serves.
-
-    Once in some hundred requests it would take 3 ms of one, and once in some thousand 140 ms.
-    """
+    """Python's collector of cycles stands still, as it should in a process that serves: its pauses are longer than a
+    request."""
     gc.collect()
     gc.disable()
     try:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rec_core import losses
 from rec_core.interest.base import Interest, masked_softmax, per_item
 
-# Steps of one turn of a GPU's loop. 50 in one turn would be one graph for five, but take four times as long to compile.
+# Steps of one turn of a GPU's loop: more are fewer graphs, and longer to compile.
 _TURN = 10
 
 
