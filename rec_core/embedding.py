@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 PAD = 0
 UNKNOWN = 1
 MISSING_ROW = jnp.nan  # a row that `Rows` lacks is a mistake in `touched`; it must not pass for a vector of zeros
+MAPPED = 256  # look-ups among `Rows` go by a map of the table where it has at most so many rows for each of them
 _COMBINE = ("sum", "concat")
 
 
@@ -113,8 +114,10 @@ Raw = Mapping[str, Any]
 class Rows:
     """Some rows of a table. Rows that fill up the fixed size carry ids past the table's end."""
 
-    ids: Int[Array, " n"]  # increasing
+    ids: Int[Array, " n"]  # distinct within the table; increasing if `ordered`
     values: Float[Array, "n width"]
+    size: int | None = struct.field(pytree_node=False, default=None)  # rows of the table, where it is known
+    ordered: bool = struct.field(pytree_node=False, default=True)  # look-ups want it
 
 
 def table_name(spec: Feature) -> str:
@@ -187,7 +190,7 @@ def lookup(table: Float[Array, "rows width"] | Rows, ids: Int[Array, "..."]) -> 
     """Rows of a table by id. From `Rows`, an id that was not gathered gives NaN."""
     if not isinstance(table, Rows):
         return jnp.take(table, ids, axis=0, mode="clip")
-    position = jnp.searchsorted(table.ids, ids)
+    position = _position(table, ids)
     present = jnp.take(table.ids, position, mode="clip") == ids
     return jnp.where(present[..., None], jnp.take(table.values, position, axis=0, mode="clip"), MISSING_ROW)
 
@@ -222,8 +225,13 @@ def distinct(ids: Int[Array, "..."], rows: int) -> Int[Array, " n"]:
     What fills up the size is `rows`, past the table's end.
     """
     # Clipped as in `lookup`, so that an id out of range cannot push a valid one out of the fixed size.
-    clipped = jnp.clip(ids.reshape(-1), 0, rows - 1)
-    return jnp.unique(clipped, size=min(ids.size, rows), fill_value=rows).astype(jnp.int32)
+    clipped = jnp.clip(ids.reshape(-1), 0, rows - 1).astype(jnp.int32)
+    if rows <= ids.size:  # a flag for each row is less than a sort
+        there = jnp.zeros(rows, bool).at[clipped].set(True)
+        return jnp.nonzero(there, size=rows, fill_value=rows)[0].astype(jnp.int32)
+    ordered = jnp.sort(clipped)
+    place = jnp.cumsum(jnp.diff(ordered, prepend=-1) > 0, dtype=jnp.int32) - 1
+    return jnp.full(ids.size, rows, jnp.int32).at[place].set(ordered, indices_are_sorted=True)  # equals meet equals
 
 
 def take_rows(table: Float[Array, "rows width"], ids: Int[Array, "..."]) -> Float[Array, "... width"]:
@@ -234,7 +242,7 @@ def take_rows(table: Float[Array, "rows width"], ids: Int[Array, "..."]) -> Floa
 def gather_rows(table: Float[Array, "rows width"], ids: Int[Array, "..."]) -> Rows:
     """The distinct rows among `ids`, in the size of `distinct`."""
     unique = distinct(ids, table.shape[0])
-    return Rows(unique, take_rows(table, unique))
+    return Rows(unique, take_rows(table, unique), table.shape[0])
 
 
 def scatter_rows(table: Float[Array, "rows width"], rows: Rows) -> Float[Array, "rows width"]:
@@ -242,7 +250,20 @@ def scatter_rows(table: Float[Array, "rows width"], rows: Rows) -> Float[Array, 
     size = table.shape[0]
     filler = rows.ids >= size  # spread out, since the scatter is promised distinct ids
     ids = jnp.where(filler, size + jnp.arange(rows.ids.size, dtype=rows.ids.dtype), rows.ids)
-    return table.at[ids].set(rows.values, mode="drop", unique_indices=True, indices_are_sorted=True)
+    return table.at[ids].set(rows.values, mode="drop", unique_indices=True, indices_are_sorted=rows.ordered)
+
+
+def _position(rows: Rows, ids: Int[Array, "..."]) -> Int[Array, "..."]:
+    """Where among ``rows`` an id is; anywhere if it is not there.
+
+    A search takes some twenty dependent reads, each a kernel of its own on an accelerator; a map of all the table's
+    rows takes one, and four bytes a row.
+    """
+    if rows.size is None or rows.size > MAPPED * rows.ids.size:
+        return jnp.searchsorted(rows.ids, ids)
+    places = jnp.arange(rows.ids.size, dtype=jnp.int32)
+    where = jnp.zeros(rows.size, jnp.int32).at[rows.ids].set(places, mode="drop", indices_are_sorted=True)
+    return jnp.take(where, ids, mode="clip")
 
 
 def _positive(spec: Any, **values: int) -> None:

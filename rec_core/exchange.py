@@ -5,74 +5,135 @@ without repetitions. A table is either whole on each device or split by row over
 come from their owners (`read`), and gradients go back to them (`combine`), where those of one row are added up; of a
 whole table every device is an owner of all, and does the same work as the others.
 
-With D devices, n ids each and rows of w floats, a device receives a step `4 (D - 1) n` bytes of ids, and
-`4 (D - 1) n w` of rows and of gradients each. n is the size that always suffices, as in `rec_core.embedding`. Sums are
-taken in the order of the devices, so a step gives the same bits each time and, for a whole table, on each device.
+With D devices and n ids each, a device sends each owner of a part of a table as many ids, gets as many rows back and
+sends as many gradients: n / D and a tenth where that is enough (`fits`: ids that are hashed, or in any order but that
+of popularity), else n, which always is. A table of no more rows than n travels whole. Sums are taken in the order of
+the devices, so a step gives the same bits each time and, for a whole table, on each device.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
 
 from rec_core.embedding import Rows, distinct, take_rows
 from rec_core.optimizers import gradient_norm
 
 
-def read(
-    table: Float[Array, "rows width"], ids: Int[Array, "..."], axis_name: str, *, split: bool
-) -> tuple[Rows, Int[Array, "D n"]]:
-    """This device's rows for its own ``ids``, and the ids of all devices' rows, which `combine` takes.
+@struct.dataclass
+class Plan:
+    """What a device reads of a table: its own ids, as `distinct` gives them, and how those of each owner lie in them.
+
+    Owner d has ``count[d]`` of them, from ``start[d]`` on. `rows` are of the whole table.
+    """
+
+    own: Int[Array, " n"]
+    start: Int[Array, " D"]
+    count: Int[Array, " D"]
+    rows: int = struct.field(pytree_node=False)
+
+    @property
+    def scant(self) -> int:
+        """Ids for each owner that suffice where owners are asked alike."""
+        n, devices = self.own.size, self.count.size
+        return min(n, -(-11 * n // (10 * devices)) + 8)
+
+    @property
+    def small(self) -> bool:
+        """Whether the table has no more rows than the batch has ids."""
+        return self.own.size == self.rows
+
+
+@struct.dataclass
+class Route:
+    """How rows came, for their gradients to go back: the plan, and which of this device's rows each device asked for.
+
+    `asked` counts from the device's first row; what fills it up is past its end. None for a whole or small table.
+    """
+
+    plan: Plan
+    asked: Int[Array, "D room"] | None
+
+
+def plan(table: Float[Array, "rows width"], ids: Int[Array, "..."], axis_name: str, *, split: bool) -> Plan:
+    """What this device reads.
 
     Args:
       table: all of the table, or this device's part of it.
       ids: rows of the whole table, with repetitions; out of range they are clipped as in `embedding.lookup`.
       split: the table is split by row over the axis, in equal parts in the order of the devices.
     """
-    parts = jax.lax.axis_size(axis_name) if split else 1
-    own = distinct(ids, table.shape[0] * parts)
-    everyones = jax.lax.all_gather(own, axis_name)
+    devices = jax.lax.axis_size(axis_name) if split else 1
+    own = distinct(ids, table.shape[0] * devices)
+    # A comparison with every id is one kernel, a search many.
+    end = jnp.sum(own < table.shape[0] * jnp.arange(1, devices + 1)[:, None], axis=1, dtype=jnp.int32)
+    start = jnp.concatenate([jnp.zeros(1, jnp.int32), end[:-1]])
+    return Plan(own, start, end - start, table.shape[0] * devices)
+
+
+def fits(plans: Iterable[Plan], axis_name: str) -> Bool[Array, ""] | None:
+    """Whether `Plan.scant` suffices on every device, the same on each; None where it always does."""
+    tight = [plan for plan in plans if not plan.small and plan.scant < plan.own.size]
+    if not tight:
+        return None
+    over = sum(jnp.sum(plan.count > plan.scant) for plan in tight)
+    return jax.lax.psum(over, axis_name) == 0
+
+
+def read(
+    table: Float[Array, "rows width"], plan: Plan, axis_name: str, *, split: bool, scant: bool = False
+) -> tuple[Rows, Route]:
+    """This device's rows, for what it planned.
+
+    Args:
+      table, split: as for `plan`.
+      scant: only `Plan.scant` ids are sent to each owner, which `fits` allows.
+    """
+    if plan.small and split:
+        table, split = jax.lax.all_gather(table, axis_name, tiled=True), False
     if not split:
-        return Rows(own, take_rows(table, own)), everyones
-    found = take_rows(table, _within(everyones, table, axis_name, split))  # zeros where another device is the owner
-    return Rows(own, jax.lax.psum_scatter(found, axis_name)), everyones
+        return Rows(plan.own, take_rows(table, plan.own), plan.rows), Route(plan, None)
+    own, part, devices = plan.own, table.shape[0], plan.count.size
+    place = jnp.arange(plan.scant if scant else own.size, dtype=jnp.int32)
+    mine = jnp.take(own, plan.start[:, None] + place, mode="clip") - part * jnp.arange(devices)[:, None]
+    asked = jax.lax.all_to_all(jnp.where(place < plan.count[:, None], mine, part), axis_name, 0, 0)
+    found = jax.lax.all_to_all(take_rows(table, asked), axis_name, 0, 0)
+    number = jnp.arange(own.size, dtype=jnp.int32)
+    owner = jnp.sum(number >= plan.start[1:, None], axis=0, dtype=jnp.int32)
+    source = owner * place.size + number - plan.start[owner]
+    values = jnp.take(found.reshape(-1, table.shape[1]), source, axis=0, mode="clip")
+    return Rows(own, values, plan.rows), Route(plan, asked)
 
 
-def combine(
-    gradient: Rows,
-    everyones: Int[Array, "D n"],
-    table: Float[Array, "rows width"],
-    axis_name: str,
-    *,
-    split: bool,
-) -> Rows:
+def combine(gradient: Rows, route: Route, table: Float[Array, "rows width"], axis_name: str) -> Rows:
     """The gradient of the rows that this device owns: the sum over the devices by id.
 
     Args:
-      gradient: of the rows that `read` gave this device.
-      everyones: as `read` gave it. table and split: as given to `read`.
+      gradient: of the rows that `read` gave this device. route: as `read` gave it. table: as given to `read`.
 
     Returns:
-      Distinct rows of ``table`` (of this device's part, counted from its first row) in a fixed size that always
-      suffices; those that fill it up have ids past the end and a gradient of zero.
+      Distinct rows of ``table`` (of this device's part, counted from its first row), in any order and a fixed size that
+      always suffices; those that fill it up have ids past the end.
     """
-    devices, rows = everyones.shape[0], table.shape[0]
-    values = jax.lax.all_gather(gradient.values, axis_name, tiled=True)
-    ids = _within(everyones, table, axis_name, split).reshape(-1)
-    ids, source = jax.lax.sort_key_val(ids, jnp.arange(ids.size, dtype=jnp.int32))
-    first = (ids < rows) & (ids != jnp.roll(ids, 1)).at[0].set(True)
-    place = jnp.nonzero(first, size=min(ids.size, rows), fill_value=ids.size)[0]
-    owned = _at(ids, place, rows)
-    total = jnp.zeros((place.size, values.shape[1]), values.dtype)
-    # A device names a row once, so equal ids are at most as many neighbours as there are devices. Shifted sums, where
-    # a scatter would add in an order that a GPU does not fix.
-    for k in range(devices):
-        same = _at(ids, place + k, rows) == owned
-        part = take_rows(values, _at(source, place + k, ids.size))
-        total = total + jnp.where(same[:, None], part, 0)
-    return Rows(owned, total)
+    rows, plan, values = table.shape[0], route.plan, gradient.values
+    if route.asked is not None:
+        place = plan.start[:, None] + jnp.arange(route.asked.shape[1], dtype=jnp.int32)
+        sent = jnp.take(values, place, axis=0, mode="clip")
+        return _add_up(route.asked, jax.lax.all_to_all(sent, axis_name, 0, 0), rows)
+    if not plan.small:
+        return _add_up(jax.lax.all_gather(plan.own, axis_name), jax.lax.all_gather(values, axis_name), rows)
+    counted = jnp.concatenate([values, jnp.ones_like(values[:, :1])], axis=1)
+    total = jnp.zeros((plan.rows, counted.shape[1]), values.dtype).at[plan.own].set(counted, mode="drop")
+    if rows < plan.rows:
+        total = jax.lax.psum_scatter(total, axis_name, tiled=True)
+    else:
+        total = jax.lax.psum(total, axis_name)
+    ids = jnp.where(total[:, -1] > 0, jnp.arange(rows, dtype=jnp.int32), rows)
+    return Rows(ids, total[:, :-1], ordered=False)
 
 
 def global_norm(gradients: Any, axis_name: str, split: frozenset[str]) -> Float[Array, ""]:
@@ -83,15 +144,26 @@ def global_norm(gradients: Any, axis_name: str, split: frozenset[str]) -> Float[
     return optax.tree.norm([gradient_norm({**gradients, "tables": whole}), jnp.sqrt(jax.lax.psum(here**2, axis_name))])
 
 
-def _within(
-    ids: Int[Array, "D n"], table: Float[Array, "rows width"], axis_name: str, split: bool
-) -> Int[Array, "D n"]:
-    """Ids counted from this device's first row; past the table's end where another device is the owner."""
-    if not split:
-        return ids
-    ids = ids - jax.lax.axis_index(axis_name) * table.shape[0]
-    return jnp.where((ids >= 0) & (ids < table.shape[0]), ids, table.shape[0])
+def _add_up(ids: Int[Array, "D m"], values: Float[Array, "D m width"], rows: int) -> Rows:
+    """Each device's rows, distinct among themselves, as rows that all are: what was there first takes the others in."""
+    devices, m = ids.shape
+    first = jnp.full(rows, devices * m, jnp.int32)  # where a row stands
+    total, kept = values.reshape(devices * m, -1), []
+    for d in range(devices):
+        there = first.at[ids[d]].get(mode="fill", fill_value=devices * m)
+        new = there == devices * m
+        kept.append(jnp.where(new, ids[d], rows))
+        if d:
+            # No two of them meet, so nothing depends on an order.
+            added = jnp.where(new[:, None], 0, values[d])
+            total = total.at[_apart(there, devices * m)].add(added, mode="drop", unique_indices=True)
+        if d < devices - 1:
+            own = jnp.arange(d * m, (d + 1) * m, dtype=jnp.int32)
+            first = first.at[_apart(kept[-1], rows)].set(own, mode="drop", unique_indices=True)
+    kept_ids = jnp.concatenate(kept)
+    return Rows(kept_ids, jnp.where(kept_ids[:, None] < rows, total, 0), ordered=False)
 
 
-def _at(values: Int[Array, " m"], place: Int[Array, " n"], missing: int) -> Int[Array, " n"]:
-    return values.at[place].get(mode="fill", fill_value=missing)
+def _apart(place: Int[Array, " m"], end: int) -> Int[Array, " m"]:
+    """Places past the end spread out, where they are promised to be distinct."""
+    return jnp.where(place >= end, end + jnp.arange(place.size, dtype=place.dtype), place)

@@ -8,7 +8,7 @@ ones are not. The bias correction counts steps of the run, not of a row. It cost
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -186,7 +186,7 @@ def update(
         if isinstance(gradient, Rows):  # `go` acts on the rows: a choice over the whole table would cost a pass over it
             old = tuple(take_rows(array, gradient.ids) for array in arrays)
             new = keep(_adam(old, gradient.values, train, step), old)
-            arrays = tuple(scatter_rows(a, Rows(gradient.ids, x)) for a, x in zip(arrays, new))
+            arrays = tuple(scatter_rows(a, replace(gradient, values=x)) for a, x in zip(arrays, new))
         else:
             arrays = keep(_adam(arrays, gradient, train, step), arrays)
         tables[name], moments[name] = arrays[0], {"mu": arrays[1], "nu": arrays[2]}

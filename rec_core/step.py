@@ -7,6 +7,7 @@ split (as in GradCache, arXiv 2101.06983; here over a mesh too). What must be th
 first gradient; dropout draws other masks for other splits.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -224,7 +225,22 @@ def _split_tables(state: State, mesh: Mesh | AbstractMesh) -> frozenset[str]:
 def _advance_apart(
     model: Any, config: Any, train: TrainConfig, state: State, batch: Any, mesh: Mesh | AbstractMesh
 ) -> tuple[State, dict[str, Any]]:
-    step = partial(_advance, model, config, train, axis_name="data", split=_split_tables(state, mesh))
+    split = _split_tables(state, mesh)
+
+    def step(state: State, batch: Any) -> Any:
+        def run(scant: bool) -> Any:
+            own = partial(_advance, model, config, train, axis_name="data", split=split, scant=scant)
+            return lambda state, batch, plans: own(state, batch, plans=plans)
+
+        plans = {
+            name: exchange.plan(state.params["tables"][name], ids, "data", split=name in split)
+            for name, ids in model.touched(batch, config).items()
+        }
+        fits = exchange.fits([plans[name] for name in split], "data")
+        if fits is None:
+            return run(scant=False)(state, batch, plans)
+        return jax.lax.cond(fits, run(scant=True), run(scant=False), state, batch, plans)
+
     where = jax.tree.map(lambda sharding: sharding.spec, shardings(state, mesh))
     given, made = (where, batch_sharding(mesh).spec), (where, P())
     # Replication is not checked: as under pmap, the transpose of a sum over the axis is then a sum, on which the means
@@ -242,12 +258,15 @@ def _advance(
     axis_name: str | None = None,
     mesh: Mesh | AbstractMesh | None = None,
     split: frozenset[str] = frozenset(),
+    plans: Mapping[str, exchange.Plan] | None = None,
+    scant: bool = False,
 ) -> tuple[State, dict[str, Any]]:
-    """`advance`, under ``axis_name`` on one device's examples; the tables named by ``split`` are its part of them."""
+    """`advance`, under ``axis_name`` on one device's examples; the tables named by ``split`` are its part of them, and
+    ``plans`` say what it reads of which table (`exchange.read`, as ``scant``)."""
     key = step_key(state.seed, state.step)
     params = state.params
     moved, rest = partition.split(params, _trainable(model, params, config))
-    everyones = {}
+    routes = {}
     if train.sparse_tables:
         rows: dict[str, Any] = {}
         for name, ids in model.touched(batch, config).items():
@@ -257,7 +276,8 @@ def _advance(
             if axis_name is None:
                 rows[name] = gather_rows(table, constrain(ids, P()))
             else:
-                rows[name], everyones[name] = exchange.read(table, ids, axis_name, split=name in split)
+                own = plans[name] if plans else exchange.plan(table, ids, axis_name, split=False)
+                rows[name], routes[name] = exchange.read(table, own, axis_name, split=name in split, scant=scant)
         params = {**params, "tables": {**params["tables"], **rows}}
     (loss, aux), gradients = value_and_grad(
         model, params, batch, config, key=key, micro_batches=train.micro_batches, axis_name=axis_name
@@ -268,8 +288,8 @@ def _advance(
         norm = optimizers.gradient_norm(gradients)
     else:
         combined = {
-            name: exchange.combine(gradients["tables"][name], ids, table, axis_name, split=name in split)
-            for name, ids in everyones.items()
+            name: exchange.combine(gradients["tables"][name], route, table, axis_name)
+            for name, route in routes.items()
             if (table := moved["tables"][name]) is not None
         }
         gradients = {**gradients, "tables": {**gradients["tables"], **combined}}

@@ -25,6 +25,7 @@ from rec_core.training import State, TrainConfig
 # Only the rows that a batch reads move; the rate is small, since what is timed must stay finite.
 TRAIN = TrainConfig(steps=1_000_000, learning_rate=1e-5, decay="constant", sparse_tables=True)
 HEADS, MICRO = 4, (4, 2)
+SPREAD = 2_654_435_761  # a prime: rows in no order of popularity, as hashed ids are
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,12 @@ def make_batch(sizes: Sizes, length: int, *, batch: int | None = None, candidate
     draw, size = np.random.default_rng(seed), batch or sizes.batch
     targets = (size, candidates) if candidates else (size,)
 
-    def ids(names: tuple[str, ...], *shape: int) -> dict[str, np.ndarray]:  # a few are asked for much more often
-        return {name: (2 + (sizes.rows[name] - 2) * draw.random(shape) ** 3).astype(np.int32) for name in names}
+    def ids(names: tuple[str, ...], *shape: int) -> dict[str, np.ndarray]:
+        found = {}
+        for name in names:
+            rank = ((sizes.rows[name] - 2) * draw.random(shape) ** 3).astype(np.int64)  # a few are asked for most
+            found[name] = (2 + rank * SPREAD % (sizes.rows[name] - 2)).astype(np.int32)
+        return found
 
     item = ("item", *sizes.sides)
     mask = np.arange(length) >= draw.integers(0, length // 2 + 1, (size, 1))
