@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 PAD = 0
 UNKNOWN = 1
 MISSING_ROW = jnp.nan  # a row that `Rows` lacks is a mistake in `touched`; it must not pass for a vector of zeros
+FEW = 64  # rows of a table of which a batch reads each many times: compared with all, not sorted or scattered
 MAPPED = 256  # look-ups among `Rows` go by a map of the table where it has at most so many rows for each of them
 _COMBINE = ("sum", "concat")
 
@@ -192,7 +193,8 @@ def lookup(table: Float[Array, "rows width"] | Rows, ids: Int[Array, "..."]) -> 
         return jnp.take(table, ids, axis=0, mode="clip")
     position = _position(table, ids)
     present = jnp.take(table.ids, position, mode="clip") == ids
-    return jnp.where(present[..., None], jnp.take(table.values, position, axis=0, mode="clip"), MISSING_ROW)
+    take = _take_few if table.values.shape[0] <= FEW else _take
+    return jnp.where(present[..., None], take(table.values, position), MISSING_ROW)
 
 
 def embed(tables: Mapping[str, Any], specs: Iterable[Feature], raw: Raw) -> Float[Array, "... width"]:
@@ -226,12 +228,11 @@ def distinct(ids: Int[Array, "..."], rows: int) -> Int[Array, " n"]:
     """
     # Clipped as in `lookup`, so that an id out of range cannot push a valid one out of the fixed size.
     clipped = jnp.clip(ids.reshape(-1), 0, rows - 1).astype(jnp.int32)
-    if rows <= ids.size:  # a flag for each row is less than a sort
-        there = jnp.zeros(rows, bool).at[clipped].set(True)
-        return jnp.nonzero(there, size=rows, fill_value=rows)[0].astype(jnp.int32)
-    ordered = jnp.sort(clipped)
-    place = jnp.cumsum(jnp.diff(ordered, prepend=-1) > 0, dtype=jnp.int32) - 1
-    return jnp.full(ids.size, rows, jnp.int32).at[place].set(ordered, indices_are_sorted=True)  # equals meet equals
+    size = min(ids.size, rows)
+    if rows <= FEW:
+        there = jnp.any(clipped[:, None] == jnp.arange(rows), axis=0)
+        return jnp.nonzero(there, size=size, fill_value=rows)[0].astype(jnp.int32)
+    return jnp.unique(clipped, size=size, fill_value=rows)
 
 
 def take_rows(table: Float[Array, "rows width"], ids: Int[Array, "..."]) -> Float[Array, "... width"]:
@@ -264,6 +265,31 @@ def _position(rows: Rows, ids: Int[Array, "..."]) -> Int[Array, "..."]:
     places = jnp.arange(rows.ids.size, dtype=jnp.int32)
     where = jnp.zeros(rows.size, jnp.int32).at[rows.ids].set(places, mode="drop", indices_are_sorted=True)
     return jnp.take(where, ids, mode="clip")
+
+
+def _take(values: Float[Array, "n width"], position: Int[Array, "..."]) -> Float[Array, "... width"]:
+    return jnp.take(values, position, axis=0, mode="clip")
+
+
+@jax.custom_vjp
+def _take_few(values: Float[Array, "n width"], position: Int[Array, "..."]) -> Float[Array, "... width"]:
+    """`_take` of a few rows, many times each. Its gradient is a sum for each row: a scatter would add to the same few
+    addresses over and over, one after the other."""
+    return _take(values, position)
+
+
+def _take_few_forward(values: Array, position: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _take(values, position), (jnp.arange(len(values)), position)
+
+
+def _take_few_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+    rows, position = saved
+    flat, place = gradient.reshape(-1, gradient.shape[-1]), jnp.clip(position.reshape(-1), 0, len(rows) - 1)
+    there = (place[:, None] == rows).astype(flat.dtype)
+    return jnp.einsum("nr,nw->rw", there, flat, precision="highest"), None
+
+
+_take_few.defvjp(_take_few_forward, _take_few_backward)
 
 
 def _positive(spec: Any, **values: int) -> None:

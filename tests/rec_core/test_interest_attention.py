@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rec_core.interest import CAN, TWIN, MultiHead
-from rec_core.interest.can import parameters
+from rec_core.interest.can import by_layer, by_unit, parameters, summed
 
 B, T, D = 3, 6, 4
 MASK = np.array([[1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]], bool)
@@ -115,6 +115,35 @@ def test_can_is_the_equation(generate, per_item):
         expected[b] += np.concatenate(parts)
     out = jax.jit(module.apply)(params, target, sequence, MASK)
     np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 6])
+def test_can_unit_by_unit_is_can_layer_by_layer(groups):
+    """Values and gradients, of one micro-MLP for all behaviours, one for two of them, and one for each."""
+    hidden, orders = (3, 2), 3
+    rows, present = draw(B, groups, T // groups, D), MASK.reshape(B, groups, T // groups, 1)
+    induction, answer = draw(B, groups, parameters(D, hidden), seed=1), draw(B, orders * 5, seed=2)
+
+    def both(through):
+        def value(rows, induction):
+            return summed(through, hidden, orders, rows, induction, present)
+
+        out, back = jax.vjp(value, rows, induction)
+        return out, back(answer)
+
+    for wanted, got in zip(
+        *(jax.tree.leaves(jax.jit(both, static_argnums=0)(f)) for f in (by_layer, by_unit)), strict=True
+    ):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("platform", "first", "products"), [("cpu", 3, True), ("cuda", 3, False), ("cuda", 9, True)])
+def test_can_makes_small_products_where_they_are_cheap(platform, first, products):
+    """Narrow layers are sums on an accelerator, forward and backward; wide ones are products of matrices anywhere."""
+    module, sequence = CAN((first, 2), 2, generate=False), draw(B, T, D)
+    target = draw(B, 3, parameters(D, (first, 2)))
+    step = jax.jit(jax.grad(lambda target: module.apply({}, target, sequence, MASK).sum()))
+    assert ("dot_general" in step.trace(target).lower(lowering_platforms=(platform,)).as_text()) == products
 
 
 def test_can_says_how_wide_a_micro_mlp_is():
