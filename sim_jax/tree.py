@@ -18,7 +18,7 @@ What is defined:
   same users too. A reader that meets a writer finds, of each key, all that was appended before it asked.
 """
 
-from itertools import batched, chain, compress
+from itertools import batched, chain
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +32,7 @@ from sim_jax.tree_blocks import (
     HEAD,
     PREFIX,
     SEALED,
+    Blocks,
     Change,
     Filings,
     Found,
@@ -158,33 +159,29 @@ class BehaviorTree:
         heads = head_keys(part.user[first], part.key[first])
         while True:  # again if another writer has changed one of these blocks; one of the two always gets through
             moment = self.store.moment()
-            held = self.store.get(heads)
-            late = self._late(heads, held, part.event, count)
+            blocks = Blocks.of(heads, self.store.get(heads), self.store.name)
+            late = self._late(blocks, part.event, count)
             if late is None:
-                change = add(heads, held, part.event, count, self.block, self.store.name)
+                change = add(blocks, part.event, count, self.block)
             elif np.count_nonzero(late) > _LATE:
                 return sum(map(self._append, part.halves()))
             else:
                 now = np.add.reduceat(~late, first, dtype=np.int64)
-                names, values = list(compress(heads, now)), list(compress(held, now))
-                change = add(names, values, part.event[~late], now[now > 0], self.block, self.store.name)
+                change = add(blocks.some(now > 0), part.event[~late], now[now > 0], self.block)
                 old = self._add_late(part.user[late], part.key[late], part.event[late])
-                change = Change(change.writes | old.writes, change.expected | old.expected, change.added + old.added)
+                change = Change(change.writes | old.writes, change.read + old.read, change.added + old.added)
             if not change.writes or self.store.put_if(change.writes, change.expected, since=moment):
                 return change.added
 
-    def _late(
-        self, heads: list[bytes], held: list[bytes | None], event: np.ndarray, count: Int[np.ndarray, "p"]
-    ) -> np.ndarray | None:
+    def _late(self, heads: Blocks, event: np.ndarray, count: Int[np.ndarray, "p"]) -> np.ndarray | None:
         """Which events, `count` of each head, are older than their full head, so that they belong to a sealed block;
         None: no event is."""
-        values = [value or b"" for value in held]
-        full = np.flatnonzero(counts(heads, values, self.store.name) >= self.block)
+        full = np.flatnonzero(heads.events >= self.block)
         if not len(full):
             return None
-        oldest = np.zeros(len(held), EVENT)
+        oldest = np.zeros(len(heads.names), EVENT)
         oldest["item"] = np.iinfo(np.int64).min  # before this comes nothing
-        oldest[full] = decode(values[i][: EVENT.itemsize] for i in full.tolist())
+        oldest[full] = decode(heads.values[i][: EVENT.itemsize] for i in full.tolist())
         late = before(event, np.repeat(oldest, count))
         return late if late.any() else None
 
@@ -201,7 +198,7 @@ class BehaviorTree:
                 held.append(value)
                 count.append(0)
             count[-1] += 1
-        return add(names, held, event, np.array(count), self.block, self.store.name)
+        return add(Blocks.of(names, held, self.store.name), event, np.array(count), self.block)
 
     def _sealed(
         self, user: np.ndarray, key: np.ndarray, first: np.ndarray, time: np.ndarray, k: int

@@ -10,10 +10,9 @@ in integers that sort as bytes do. Once there is a sealed block the head has at 
 one read. Events that are older than all sealed blocks lie in one at (time, item) = (0, least), which may be shorter.
 """
 
-import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress, pairwise
+from itertools import chain, compress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,7 +88,9 @@ class Filings:
 def changes(*columns: np.ndarray) -> Bool[np.ndarray, "n"]:
     """Which rows differ from the row before them; the first one does."""
     new = np.ones(len(columns[0]), bool)
-    new[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
+    new[1:] = False
+    for column in columns:
+        new[1:] |= column[1:] != column[:-1]
     return new
 
 
@@ -196,12 +197,34 @@ def _turned(column: np.ndarray) -> np.ndarray:
 # ---- adding events to blocks -----------------------------------------------------------------------------------------
 
 
+class Blocks(NamedTuple):
+    """Blocks by name, as a store holds them."""
+
+    names: list[bytes]
+    held: list[bytes | None]
+    values: list[bytes]  # b"" for None
+    events: Int64[np.ndarray, "b"]  # how many
+
+    @classmethod
+    def of(cls, names: list[bytes], held: list[bytes | None], where: str) -> "Blocks":
+        values = [value or b"" for value in held]
+        return cls(names, held, values, counts(names, values, where))
+
+    def some(self, which: Bool[np.ndarray, "b"]) -> "Blocks":
+        names, values = list(compress(self.names, which)), list(compress(self.values, which))
+        return Blocks(names, list(compress(self.held, which)), values, self.events[which])
+
+
 class Change(NamedTuple):
-    """Blocks to write, what they must still hold for that to be right, and how many events they gain."""
+    """What to write to blocks that were read, and how many events they gain."""
 
     writes: dict[bytes, bytes]
-    expected: dict[bytes, bytes | None]
+    read: list[Blocks]
     added: int
+
+    def expected(self) -> dict[bytes, bytes | None]:
+        """What the store must still hold for the writes to be right."""
+        return dict(chain.from_iterable(zip(blocks.names, blocks.held, strict=True) for blocks in self.read))
 
 
 def before(a: np.ndarray, b: np.ndarray) -> Bool[np.ndarray, "n"]:
@@ -209,17 +232,14 @@ def before(a: np.ndarray, b: np.ndarray) -> Bool[np.ndarray, "n"]:
     return (a["time"] < b["time"]) | ((a["time"] == b["time"]) & (a["item"] < b["item"]))
 
 
-def add(
-    names: list[bytes], held: list[bytes | None], new: np.ndarray, count: Int64[np.ndarray, "b"], block: int, where: str
-) -> Change:
-    """The blocks `names`, which hold `held`, with the new events (EVENT[n] in order, `count` of them a block) in them.
+def add(blocks: Blocks, new: np.ndarray, count: Int64[np.ndarray, "b"], block: int) -> Change:
+    """The blocks with the new events (EVENT[n] in order, `count` of them a block) in them.
 
     A block that comes to 2 `block` events or more is cut into blocks of `block`, the last one keeping the rest. The
     name stays with the newest part of a head and with the oldest part of a sealed block; other parts are named by
     their first event.
     """
-    old = [value or b"" for value in held]
-    old_count = counts(names, old, where)
+    names, _, old, old_count = blocks
     end = np.cumsum(count)
     follows = old_count == 0
     has = np.flatnonzero(~follows)
@@ -230,18 +250,16 @@ def add(
     # is decoded, and each step is one pass in C over all of them.
     data = new.tobytes()
     ends = (EVENT.itemsize * end).tolist()
-    longer = map(operator.add, old, [data[a:b] for a, b in pairwise([0, *ends])])
+    longer = [value + data[a:b] for value, a, b in zip(old, [0, *ends], ends, strict=False)]
     if plain.all():
-        return Change(dict(zip(names, longer, strict=True)), dict(zip(names, held, strict=True)), len(new))
+        return Change(dict(zip(names, longer, strict=True)), [blocks], len(new))
     writes = dict(compress(zip(names, longer, strict=True), plain))
-    expected = dict(compress(zip(names, held, strict=True), plain))
     rest = np.flatnonzero(~plain)  # few blocks in daily use, all of them when a tree of long histories is built
     select = rest.tolist()
     some = new[np.repeat(~plain, count)]
     cut, gained = _merge([names[i] for i in select], [old[i] for i in select], some, count[rest], block)
     writes.update(cut)
-    expected.update((names[i], held[i]) for i in select)
-    return Change(writes, expected, int(count[plain].sum()) + gained)
+    return Change(writes, [blocks], int(count[plain].sum()) + gained)
 
 
 def _merge(

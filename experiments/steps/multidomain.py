@@ -25,6 +25,7 @@ CALL = 50  # steps of one call
 TUNING_SEED = 10_000  # of the trials; no final run has it
 # Of a user's behaviours so far; the same for all data, since what a model is compiled for must not follow the data.
 ACTIVITY = tuple(2.0**i for i in range(13))
+GROUPS = 33  # domains with layers of their own, where a network has such: the 32 commonest, and the rest as one
 _ROWS = 4096  # scored at a time
 
 
@@ -60,9 +61,9 @@ def make_impressions(
     """The newest `train` training samples, and up to `test` of the validation and of the test period, evenly taken.
 
     The explicit domain is the source's; where it has none, the candidate's category, as the paper has it on Taobao's
-    data. The implicit one is how many behaviours the user has by then, cut at powers of two. Where the source has
-    domains, each behaviour and the candidate carry theirs ("place"), for every model. All features have one width,
-    which the networks over fields need.
+    data. The implicit one is how many behaviours the user has by then, cut at powers of two. Networks with layers for
+    each domain (STAR, PLE) have them for the commonest (`GROUPS`). Where the source has domains, each behaviour and the
+    candidate carry theirs ("place"), for every model. All features have one width, which the networks over fields need.
 
     Args:
       length: behaviours that every model reads, the newest.
@@ -78,6 +79,7 @@ def make_impressions(
     domain = (samples.domain if own else samples.category)[index].astype(np.int32)
     domains = sizes["domain" if own else "category"]
     activity = (samples.end - samples.start)[index].astype(np.float32)
+    group, groups = group_domains(domain, domains, len(newest))
     read = rank_batch(problem, index, np.ones(len(index), np.float32), None, length)
     if own:  # where each behaviour happened, and where the candidate is shown
         place, mask = problem.behaviors.history(samples.start[index], samples.end[index], length)
@@ -86,7 +88,7 @@ def make_impressions(
     batch = replace(
         read,
         user={**read.user, "user": samples.user[index].astype(np.int32)},
-        context={"domain": domain, "activity": activity},
+        context={"domain": domain, "activity": activity, "group": group},
     )
     fields = {name: sizes[name] for name in ("item", "category", "feedback") if name in read.target}
     fields |= {"place": domains} if own else {}
@@ -97,8 +99,8 @@ def make_impressions(
             *(Categorical(field, size, width) for field, size in sorted(problem.user_feature_sizes.items())),
         ),
         "domain_features": (Categorical("domain", domains, width), Continuous("activity", ACTIVITY, width)),
-        "domain_field": "domain",
-        "domains": domains,
+        "domain_field": "group",
+        "domains": groups,
         "hidden": (64, 32),
     }
     ctr.check(batch, ctr.Config(**settings))
@@ -117,6 +119,17 @@ def make_impressions(
         probability=None if samples.probability is None else samples.probability[index],
         settings=settings,
     )
+
+
+def group_domains(domain: Int[np.ndarray, " n"], domains: int, train: int) -> tuple[Int[np.ndarray, " n"], int]:
+    """A group for each impression, and how many there are: its domain, where these are few; else 1 ... for those that
+    are commonest among the first `train` impressions, and 0 for the rest."""
+    if domains <= GROUPS:
+        return domain, domains
+    common = np.argsort(-np.bincount(domain[:train], minlength=domains), kind="stable")[: GROUPS - 1]
+    number = np.zeros(domains, np.int32)
+    number[common] = np.arange(1, GROUPS, dtype=np.int32)
+    return number[domain], GROUPS
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -81,7 +81,7 @@ class Store:
     def put_if(
         self,
         items: Iterable[Entry] | Mapping[bytes, bytes],
-        expected: Mapping[bytes, bytes | None],
+        expected: Mapping[bytes, bytes | None] | Callable[[], Mapping[bytes, bytes | None]],
         *,
         since: int | None = None,
     ) -> bool:
@@ -91,16 +91,15 @@ class Store:
         acknowledgement was lost, the same call again finds its own values and returns False: read again.
 
         Args:
+          expected: or a function that makes it, called only where the values are compared.
           since: a `moment()` from before `expected` was read. Where nothing at all was written since, the values are
             not compared (on LMDB: not read a second time, a fifth of the time of a batch of small values).
         """
         backend = self._writable("put_if")
-        held = dict(expected)
-        _checked(held)
-        if not set(map(type, held.values())) <= {bytes, type(None)}:
-            key, value = next((k, v) for k, v in held.items() if v is not None and type(v) is not bytes)
-            raise ValueError(f"the expected value of key {key!r} is {type(value).__name__}: it is bytes or None")
-        return backend.put_if(self._batch("put_if", items), held, since)
+        if callable(expected):
+            return backend.put_if(self._batch("put_if", items), lambda: _expected(expected()), since)
+        held = _expected(expected)
+        return backend.put_if(self._batch("put_if", items), lambda: held, since)
 
     def moment(self) -> int | None:
         """What to give `put_if` as `since`: a number that changes with every write, None where the place has none."""
@@ -114,7 +113,7 @@ class Store:
             raise ValueError(f"{wanted}: {error}") from error
         _checked(batch)
         values = batch.values()
-        if set(map(type, values)) <= {bytes} and max(map(len, values), default=0) <= MAX_VALUE:
+        if set(map(type, values)) <= {bytes} and max(set(map(len, values)), default=0) <= MAX_VALUE:
             return batch
         for key, value in batch.items():
             if type(value) is not bytes or len(value) > MAX_VALUE:
@@ -223,6 +222,15 @@ class Store:
         if self.readonly:
             raise StoreError(f"{self.name}: {what} on a store opened with readonly=True")
         return backend
+
+
+def _expected(expected: Mapping[bytes, bytes | None]) -> dict[bytes, bytes | None]:
+    held = dict(expected)
+    _checked(held)
+    if not set(map(type, held.values())) <= {bytes, type(None)}:
+        key, value = next((k, v) for k, v in held.items() if v is not None and type(v) is not bytes)
+        raise ValueError(f"the expected value of key {key!r} is {type(value).__name__}: it is bytes or None")
+    return held
 
 
 def _check_key(key: bytes) -> None:

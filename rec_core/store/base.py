@@ -1,6 +1,7 @@
 """What every part of the store knows: its error, its limits, and what a place must do to hold a store."""
 
 import re
+from collections.abc import Callable
 from typing import Protocol
 
 MAX_KEY = 511  # bytes: LMDB's limit, held everywhere so that a store can move
@@ -8,6 +9,7 @@ MAX_VALUE = 512 << 20  # bytes: Redis' limit
 FORMAT = b"1"
 
 Entry = tuple[bytes, bytes]
+Expected = Callable[[], dict[bytes, bytes | None]]  # called only where the values are to be compared
 
 
 class StoreError(RuntimeError):
@@ -18,7 +20,7 @@ class Backend(Protocol):
     """What `Store` needs from a place, its arguments already checked."""
 
     def put(self, batch: dict[bytes, bytes]) -> None: ...
-    def put_if(self, batch: dict[bytes, bytes], expected: dict[bytes, bytes | None], since: int | None) -> bool: ...
+    def put_if(self, batch: dict[bytes, bytes], expected: Expected, since: int | None) -> bool: ...
     def moment(self) -> int | None: ...
     def get(self, keys: list[bytes]) -> list[bytes | None]: ...
     def floors(self, keys: list[bytes], prefix_length: int, limit: int) -> list[list[Entry]]: ...

@@ -3,7 +3,7 @@
 import bisect
 import threading
 
-from rec_core.store.base import Entry
+from rec_core.store.base import Entry, Expected
 
 
 class MemoryBackend:
@@ -24,9 +24,10 @@ class MemoryBackend:
                 self._keys.extend(new)
                 self._keys.sort()
 
-    def put_if(self, batch: dict[bytes, bytes], expected: dict[bytes, bytes | None], since: int | None) -> bool:
+    def put_if(self, batch: dict[bytes, bytes], expected: Expected, since: int | None) -> bool:
         with self._lock:
-            same = self.get(list(expected)) == list(expected.values())
+            held = expected()
+            same = self.get(list(held)) == list(held.values())
             if same:
                 self.put(batch)
         return same

@@ -11,7 +11,7 @@ import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
-from rec_core.store.base import FORMAT, Entry, StoreError, without_password
+from rec_core.store.base import FORMAT, Entry, Expected, StoreError, without_password
 
 _CHUNK = 1024
 _LOST = "this batch was not acknowledged (all of it or nothing is stored: put it again)"
@@ -118,9 +118,10 @@ class RedisBackend:
                 pipe.zadd(self._order, dict.fromkeys(part, 0))
             pipe.execute()
 
-    def put_if(self, batch: dict[bytes, bytes], expected: dict[bytes, bytes | None], since: int | None) -> bool:
-        said: list[bytes | int | str] = [len(expected)]
-        for key, value in expected.items():
+    def put_if(self, batch: dict[bytes, bytes], expected: Expected, since: int | None) -> bool:
+        held = expected()
+        said: list[bytes | int | str] = [len(held)]
+        for key, value in held.items():
             said += (key, "" if value is None else hashlib.sha1(value).hexdigest())
         said += (x for pair in batch.items() for x in pair)
         with self._errors(_LOST):

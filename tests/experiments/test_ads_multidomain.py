@@ -150,3 +150,19 @@ def test_all_models_are_compared_and_published(tmp_path, capsys, monkeypatch):
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         AdsMultidomain(**settings)
+
+
+def test_rare_domains_share_layers():
+    few = np.array([1, 2, 2], np.int32)
+    group, groups = multidomain.group_domains(few, 3, 2)
+    assert groups == 3 and (group == few).all()
+    draw, domains = np.random.default_rng(0), 200
+    domain = np.minimum(draw.geometric(0.05, 5000), domains - 1).astype(np.int32)
+    group, groups = multidomain.group_domains(domain, domains, 4000)
+    counts = np.bincount(domain[:4000], minlength=domains)
+    assert groups == multidomain.GROUPS and group.min() == 0 and group.max() == groups - 1
+    for own in range(1, groups):
+        assert len(set(domain[group == own])) == 1
+    assert counts[np.unique(domain[group == 0])].max() <= min(
+        counts[domain[group == own][0]] for own in range(1, groups)
+    )

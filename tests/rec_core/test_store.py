@@ -126,6 +126,8 @@ def test_what_was_written_since_a_moment_is_noticed(new_address):
         store.put({b"a": b"9"})
         assert not store.put_if({b"c": b"5"}, {b"a": b"1"}, since=moment)
         assert not store.put_if({b"c": b"5"}, {b"a": b"9", b"b": None}, since=moment)
+        assert not store.put_if({b"c": b"5"}, lambda: {b"a": b"1"}, since=moment)  # made where it is to be compared
+        assert store.put_if({b"d": b"6"}, lambda: {b"a": b"9"}, since=moment)
         assert store.put_if({b"d": b"6"}, {b"a": b"9"}, since=store.moment())
         assert dict(store.scan()) == {b"a": b"9", b"b": b"2", b"c": b"4", b"d": b"6"}
 
@@ -207,6 +209,8 @@ def test_questions_that_cannot_be_answered_are_refused(new_address):
             store.get(["a"])
         with pytest.raises(ValueError, match="expected value of key b'a' is str"):
             store.put_if([], {b"a": "text"})
+        with pytest.raises(ValueError, match="expected value of key b'a' is str"):
+            store.put_if([], lambda: {b"a": "text"})
         with pytest.raises(ValueError, match=r"value of key b'b' is str"):
             store.put_if([(b"b", "text")], {})
         with pytest.raises(ValueError, match="prefix"):

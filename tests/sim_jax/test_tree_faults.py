@@ -147,6 +147,46 @@ def test_what_another_writer_appends_between_reading_and_writing_stays(address, 
         assert items(tree) == {item for number in range(6) for item in batch(number).item.tolist()}
 
 
+@pytest.mark.parametrize("address", ["memory:", "lmdb"])
+def test_another_writer_between_the_parts_of_a_large_batch(address, tmp_path, monkeypatch):
+    """It changes blocks of the part that is about to be written, of parts that are, and of parts still to come."""
+    monkeypatch.setattr("sim_jax.tree._PART", 300)
+    with open_store(tmp_path / "tree" if address == "lmdb" else address) as store:
+        tree = BehaviorTree(store, key="category", block=4)
+        put_if, others, said = store.put_if, [3, 4, 5], []
+
+        def late_put_if(writes, expected, since):
+            if len(said) % 2 and others:
+                with monkeypatch.context() as real:
+                    real.setattr(store, "put_if", put_if)
+                    tree.append(batch(others.pop()))
+            said.append(put_if(writes, expected, since=since))
+            return said[-1]
+
+        tree.append(batch(2))
+        monkeypatch.setattr(store, "put_if", late_put_if)
+        assert tree.append(batch(1)).filed == 400
+        assert said.count(False) == 3 and said.count(True) > 3
+        assert items(tree) == {item for number in range(1, 6) for item in batch(number).item.tolist()}
+
+
+def test_a_batch_is_one_transaction_up_to_the_size_that_is_promised(monkeypatch):
+    store = open_store("memory:")
+    tree = BehaviorTree(store, key="category")
+    put_if, written = store.put_if, []
+
+    def watched(writes, expected, since):
+        written.append(len(writes))
+        return put_if(writes, expected, since=since)
+
+    monkeypatch.setattr(store, "put_if", watched)
+    for n, transactions in ((32_000, 1), (34_000, 2)):
+        user = np.arange(n)
+        assert tree.append(EventLog(user, user, user, np.full(n, n, np.int32))).filed == n
+        assert (len(written), sum(written)) == (transactions, n)
+        written.clear()
+
+
 def test_more_late_events_than_a_transaction_takes(monkeypatch):
     store = open_store("memory:")
     tree = BehaviorTree(store, key="category", block=16)
