@@ -51,7 +51,7 @@ class AdsMultidomain:
     users: int = 3000
     items: int = 2000
     mean_length: float = 120.0
-    train_samples: int = 400_000
+    train_samples: int = 800_000
     test_samples: int = 100_000
     epochs: float = 1.0
     length: int = 50
@@ -59,7 +59,7 @@ class AdsMultidomain:
     width: int = 16
     rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
     seeds: int = 5
-    batch_size: int = 1024
+    batch_size: int = 512
     resamples: int = 300
 
     def __post_init__(self) -> None:
