@@ -267,11 +267,14 @@ def _places(batch: Batch, config: Config, width: int) -> tuple[Bool[Array, "B T"
 def _close(
     used: Bool[Array, "B P"], part: Int[Array, " P"], config: Config
 ) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """The places in use, closed up in their order, and their parts; part 0 behind the last."""
+    """The places in use, closed up in their order, and their parts; part 0 behind the last, up to a multiple of 8."""
     order = jnp.argsort(~used, axis=1, stable=True)
     if config.slots:
         order = order[:, : config.slots]
-    return order, jnp.where(jnp.take_along_axis(used, order, axis=1), part[order], 0)
+    part = jnp.where(jnp.take_along_axis(used, order, axis=1), part[order], 0)
+    # Attention and matrix products of other lengths would copy their operands to such a one, in every layer.
+    more = (0, 0), (0, -order.shape[1] % 8)
+    return jnp.pad(order, more), jnp.pad(part, more)
 
 
 def _positions(segment: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -47,11 +47,11 @@ def test_by_hand():
 
 @pytest.mark.parametrize(("setting", "texts"), [("llm_ctr", 1), ("ba", 3)])
 def test_as_the_compiler_counts(setting, texts):
-    """Its count has all pairs of a row, masked or not, and elementwise work on top: some percent."""
+    """Its count has all pairs of a row, masked or not, rows of whole eights, and elementwise work: some percent."""
     config = dataclasses.replace(BASE, setting=setting)
-    size, behaviors, tokens = 2, 4, 4
+    size, behaviors, tokens = 2, 31, 8
     batch = catalogue([np.arange(tokens)] * 20).batch(
-        np.arange(2 * 2 * behaviors).reshape(2, 2, behaviors), np.arange(2), np.zeros(2)
+        np.arange(2 * 2 * behaviors).reshape(2, 2, behaviors) % 20, np.arange(2), np.zeros(2)
     )
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
     run = jax.jit(lambda params, batch: model.apply(params, batch, config))

@@ -267,15 +267,15 @@ def test_a_token_without_a_slot_leaves_the_cache_alone_and_check_append_names_it
     check_append(full, lengths, np.array([2, 0]))
 
 
-def test_rematerialisation_changes_memory_only():
+def test_rematerialisation_and_unrolling_change_memory_only():
     x, *layout = packed_inputs()
 
-    def loss(params, remat):
+    def loss(params, remat, scanned=True):
         config = dataclasses.replace(CONFIG, remat=remat)
-        return jnp.sum(Transformer(config).apply(params, x, *layout) ** 2)
+        return jnp.sum(Transformer(config).apply(params, x, *layout, deterministic=scanned) ** 2)
 
-    modes = ("none", "full", "dots")
-    gradients = jax.jit(lambda p: [jax.grad(loss)(p, remat) for remat in modes])(parameters())
+    modes = (("none",), ("full",), ("dots",), ("none", False))
+    gradients = jax.jit(lambda p: [jax.grad(loss)(p, *mode) for mode in modes])(parameters())
     for other in gradients[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), other, gradients[0])
 
