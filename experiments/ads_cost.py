@@ -2,6 +2,7 @@
 
     python -m experiments ads-cost                       # for one GPU
     python -m experiments ads-cost --devices 2           # the same, and the step on a data mesh of two
+    python -m experiments ads-cost --joined A.json B.json   # what two machines measured, as one
     python -m experiments ads-cost --quick               # sizes of a test: only shows that everything works
 
 The model: an item table of 10 M rows (32 wide; category and kind of behaviour 16 each, so a behaviour is 64 wide), 1 M
@@ -19,7 +20,7 @@ split by row, the batch by example; "speedup" is of examples a second, with 4,09
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class AdsCost:
       candidates: of a request. at_a_time: candidates that are read at a time.
       steps: of a measurement. repeats: measurements. requests: whose latency is taken.
       limit: seconds after which no other measurement begins; what is left out says so.
+      joined: results of other machines: nothing is measured, the first one's gets the rows of the others, which say
+        their device, commit and command, and their figures.
       quick: sizes of a test.
       out: folder for result.json, written after every measurement, and report.html.
     """
@@ -70,6 +73,7 @@ class AdsCost:
     repeats: int = 7
     requests: int = 500
     limit: float = 500.0
+    joined: tuple[Path, ...] = ()
     quick: bool = False
     out: Path = Path("runs/ads_cost")
 
@@ -132,6 +136,8 @@ def run(config: AdsCost) -> results.Result:
     report. What the figures are of comes first."""
     if config.quick:
         config = AdsCost(**(vars(config) | QUICK))
+    if config.joined:
+        return _finish(join(config.joined), config.out)
     more = config.devices if "devices" in config.parts else 1
     if more > jax.local_device_count():
         raise ValueError(f"devices is {more}, there are {jax.local_device_count()}; give as many as there are")
@@ -141,10 +147,29 @@ def run(config: AdsCost) -> results.Result:
         _measure_devices(config, sizes, measured)
     for attention in config.attentions if set(config.parts) & {"step", "request"} else ():
         _measure_attention(config, sizes, attention, measured)
-    outcome = measured.write()
-    report.write(config.out / "report.html", page(outcome))
+    return _finish(measured.write(), config.out)
+
+
+def join(paths: Sequence[Path]) -> results.Result:
+    """The first result with the rows and figures of the others. ValueError: one is of another experiment."""
+    first, *others = map(results.read, paths)
+    for path, other in zip(paths, (first, *others)):
+        if other.experiment != "ads_cost":
+            raise ValueError(f"{path} is a result of {other.experiment}; give results of ads_cost")
+    rows, found = list(first.rows), dict(first.figures)
+    for other in others:
+        kind = f"{other.device['count']} x {other.device['kind']}"
+        origin: Row = {"device": kind, "commit": other.commit, "command": other.command}
+        rows += [row | origin for row in other.rows]
+        found |= other.figures
+    return replace(first, rows=tuple(rows), figures=found)
+
+
+def _finish(outcome: results.Result, out: Path) -> results.Result:
+    results.write(out / "result.json", outcome)
+    report.write(out / "report.html", page(outcome))
     print(progress.table([{"figure": name, "value": value} for name, value in outcome.figures.items()]))
-    print(f"report: {config.out / 'report.html'}   result: {config.out / 'result.json'}   {outcome.seconds:.0f} s")
+    print(f"report: {out / 'report.html'}   result: {out / 'result.json'}   {outcome.seconds:.0f} s")
     return outcome
 
 

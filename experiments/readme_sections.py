@@ -193,7 +193,10 @@ def ads_cost(result: Result) -> str:
     if (x := f.get("overhead_full_pct")) is not None:
         goals.append(f"{x:+.1f} % unchunked (goal: +15 or less, {verdict(x <= 15)})")
     if (x := f.get("two_gpu_speedup")) is not None:
-        goals.append(f"{x:.2f} times one GPU's speed by two with a batch each (goal: 1.9 or more, {verdict(x >= 1.9)})")
+        two = next((f" ({row['device']})" for row in rows if row["what"] == "devices" and "device" in row), "")
+        goals.append(
+            f"{x:.2f} times one GPU's speed by two{two} with a batch each (goal: 1.9 or more, {verdict(x >= 1.9)})"
+        )
     if (x := f.get("two_gpu_speedup_fixed_global")) is not None:
         goals.append(f"{x:.2f} times by two that share a batch")
     return joined(

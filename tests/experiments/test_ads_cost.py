@@ -1,5 +1,6 @@
 """The cost of ADS: a small run says all that a full one does, and what is timed is what is said."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -108,6 +109,26 @@ def test_what_is_left_out_says_so_and_figures_are_of_whole_cases_only():
     assert found["overhead_chunk10_pct"] == 3 and found["overhead_full_pct"] == 6
     assert found["memory_overhead_chunk10_pct"] == pytest.approx(10) and found["two_gpu_speedup"] == 1.9
     assert found["request_p99_ms_500"] == 17 and "dense_overhead_full_pct" not in found
+
+
+def test_what_two_machines_measured_is_one_result(tmp_path):
+    row = {"what": "whole step", "attention": "MHA", "length": 200, "model": "alone", "ms": 4.0, "memory_gib": 1.0}
+    own = [row | {"temporaries_gib": 0.5}]
+    two = [row | {"what": "devices", "case": "fixed batch a device", "speedup": 1.5}]
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    parts = zip(paths, (own, two), ({"step_ms_chunk10": 4.0}, {"two_gpu_speedup": 1.5}))
+    for path, rows, found in parts:
+        made = results.record("ads_cost", started=results.begin(), seeds=[0], rows=rows, figures=found)
+        results.write(path, made)
+    outcome = ads_cost.run(AdsCost(joined=tuple(paths), out=tmp_path))
+    assert outcome.figures == {"step_ms_chunk10": 4.0, "two_gpu_speedup": 1.5}
+    first, second = results.read(tmp_path / "result.json").rows
+    assert "device" not in first and second["speedup"] == 1.5
+    assert second["device"].startswith("8 x ") and second["commit"] == made.commit
+    other = tmp_path / "c.json"
+    results.write(other, replace(made, experiment="dcaf"))
+    with pytest.raises(ValueError, match="c.json is a result of dcaf"):
+        ads_cost.join([paths[0], other])
 
 
 def test_after_the_limit_nothing_is_begun(tmp_path, monkeypatch):
