@@ -57,8 +57,8 @@ class AdsCost:
       candidates: of a request. at_a_time: candidates that are read at a time.
       steps: of a measurement. repeats: measurements. requests: whose latency is taken.
       limit: seconds after which no other measurement begins; what is left out says so.
-      joined: results of other machines: nothing is measured, the first one's gets the rows of the others, which say
-        their device, commit and command, and their figures.
+      joined: results of other machines: nothing is measured, the first one's gets the figures of the others and their rows,
+        which say their device (measured_on), commit and command.
       quick: sizes of a test.
       out: folder for result.json, written after every measurement, and report.html.
     """
@@ -159,7 +159,7 @@ def join(paths: Sequence[Path]) -> results.Result:
     rows, found = list(first.rows), dict(first.figures)
     for other in others:
         kind = f"{other.device['count']} x {other.device['kind']}"
-        origin: Row = {"device": kind, "commit": other.commit, "command": other.command}
+        origin: Row = {"measured_on": kind, "commit": other.commit, "command": other.command}
         rows += [row | origin for row in other.rows]
         found |= other.figures
     return replace(first, rows=tuple(rows), figures=found)

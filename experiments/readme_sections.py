@@ -34,7 +34,13 @@ VARIATIONS = {
 }
 ALL_SAMPLES = "DNN, the language model's samples too"
 RIVALS = {"DNN": "less a DNN's without", ALL_SAMPLES: "less a DNN's on all samples"}
-TITLES = {"world": "synthetic world", "ml-1m": "MovieLens-1M", "ml1m": "MovieLens-1M", "amazon": "Amazon"}
+TITLES = {
+    "world": "synthetic world",
+    "ml-1m": "MovieLens-1M",
+    "ml1m": "MovieLens-1M",
+    "amazon": "Amazon",
+    "taobao": "Taobao, a slice",
+}
 
 
 def machine(result: Result) -> str:
@@ -193,7 +199,7 @@ def ads_cost(result: Result) -> str:
     if (x := f.get("overhead_full_pct")) is not None:
         goals.append(f"{x:+.1f} % unchunked (goal: +15 or less, {verdict(x <= 15)})")
     if (x := f.get("two_gpu_speedup")) is not None:
-        two = next((f" ({row['device']})" for row in rows if row["what"] == "devices" and "device" in row), "")
+        two = next((f" ({row['measured_on']})" for row in rows if "measured_on" in row), "")
         goals.append(
             f"{x:.2f} times one GPU's speed by two{two} with a batch each (goal: 1.9 or more, {verdict(x >= 1.9)})"
         )

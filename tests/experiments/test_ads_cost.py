@@ -123,8 +123,8 @@ def test_what_two_machines_measured_is_one_result(tmp_path):
     outcome = ads_cost.run(AdsCost(joined=tuple(paths), out=tmp_path))
     assert outcome.figures == {"step_ms_chunk10": 4.0, "two_gpu_speedup": 1.5}
     first, second = results.read(tmp_path / "result.json").rows
-    assert "device" not in first and second["speedup"] == 1.5
-    assert second["device"].startswith("8 x ") and second["commit"] == made.commit
+    assert "measured_on" not in first and second["speedup"] == 1.5
+    assert second["measured_on"].startswith("8 x ") and second["commit"] == made.commit
     other = tmp_path / "c.json"
     results.write(other, replace(made, experiment="dcaf"))
     with pytest.raises(ValueError, match="is a result of dcaf"):
