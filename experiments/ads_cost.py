@@ -57,7 +57,7 @@ class AdsCost:
       candidates: of a request. at_a_time: candidates that are read at a time.
       steps: of a measurement. repeats: measurements. requests: whose latency is taken.
       limit: seconds after which no other measurement begins; what is left out says so.
-      joined: results of other machines: nothing is measured, the first one's gets the figures of the others and their rows,
+      joined: results of other machines: nothing is measured, the first one gets the figures and rows of the others,
         which say their device (measured_on), commit and command.
       quick: sizes of a test.
       out: folder for result.json, written after every measurement, and report.html.
