@@ -167,7 +167,8 @@ def _publish(config: AdsMultidomain, outcomes: list[Outcome], started: Any) -> r
         for dial in (dial for dial in config.dials if data.name == world_name(dial)):
             for what, value in compared.items():
                 by_dial.setdefault(what, {})[dial] = value
-        findings += [report.difference(f"{data.name}: {what}", value) for what, value in compared.items()]
+        over_rival = {f"{attention} + ADS - {best_rival(done, attention)}" for attention in ATTENTIONS}
+        findings += [report.difference(f"{data.name}: {x}", compared[x]) for x in compared if x in over_rival]
         counts: dict[str, Any] = {"samples": len(labels), "users": len(np.unique(users)), "seeds": config.seeds}
         shown = {"interval": "95 %, bootstrap over users and seeds", **counts}
         bars = figures.auc_bars(intervals, oracle=oracle, title=f"AUC on {data.name}")
@@ -175,7 +176,7 @@ def _publish(config: AdsMultidomain, outcomes: list[Outcome], started: Any) -> r
         if compared:
             points = figures.differences(compared, title=f"Gains on {data.name}", x_label="difference of AUC, paired")
             panels.append(report.Panel(f"Gains on {data.name}", points, "The second model less the first.", **shown))
-    panels += _dial_panel(by_dial, config)
+    panels = _dial_panel(by_dial, config) + panels
     outcome = results.record("ads_multidomain", started=started, seeds=range(config.seeds), rows=rows, figures=numbers)
     results.write(config.out / "result.json", outcome)
     print(table(headline))
