@@ -7,14 +7,15 @@ of DIN, multi-head attention and CAN alone, with FRNet, with PEPNet, with ADS, w
 generators read ones in the domain's place (its capacity alone). An attention alone is ADS without both generators.
 Differences of AUC and Imp (ADS, arXiv 2502.05523, equation 14) with paired intervals.
 
-    python -m experiments ads-multidomain                       # for an accelerator; not yet run in full
+    python -m experiments ads-multidomain                       # for an accelerator
     python -m experiments ads-multidomain --quick               # five models on two cores, a minute or two
     python -m experiments ads-multidomain --ml-1m PATH/ml-1m --taobao PATH
 
 Every model has the same features, all of one width, E_D among them, and the same layers where its paper has an MLP; it
 has one trial for each of the same learning rates, the best by validation AUC; the rival that ADS is compared with is
-chosen by validation AUC too. The test period is scored once, by the final runs. MovieLens-1M names no domains: the
-candidate's category (its first genre) serves, as the paper has it on Taobao's data.
+chosen by validation AUC too. The test period is scored once, by the final runs. Models that are done are kept: some at
+a time (`--only`), side by side in one folder, all took four minutes of two H200, and the report two more. MovieLens-1M
+names no domains: the candidate's category (its first genre) serves, as the paper has it on Taobao's data.
 """
 
 from collections.abc import Callable, Iterable

@@ -140,8 +140,28 @@ def multidomain(result: Result) -> str:
         ),
         table([*heading, "over ADS without the domain, AUC"], lines),
         prose(at_zero),
+        prose(along_the_dial(compared)),
         f"Command: {command(result, 'ads_multidomain')}.",
     )
+
+
+def along_the_dial(compared: Mapping[tuple[Any, Any], Values]) -> str:
+    """What ADS gains over the attention alone where the world's domains differ least and most."""
+    said = []
+    for attention in ("DIN", "MHA", "CAN"):
+        dials = {
+            float(match[1]): row["auc_difference"]
+            for (data, what), row in compared.items()
+            if what == f"{attention.lower()}_over_alone"
+            and (match := re.fullmatch(r"world, domain ([\d.]+)", str(data)))
+        }
+        if len(dials) > 1:
+            said.append(
+                f"{attention} {dials[min(dials)]:+.4f} at {min(dials):g}, {dials[max(dials)]:+.4f} at {max(dials):g}"
+            )
+    if not said:
+        return ""
+    return f"Over the attention alone, along the dial: {'; '.join(said)}. What is there at 0 is not the domain's."
 
 
 def chunks(result: Result) -> str:

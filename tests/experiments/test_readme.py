@@ -225,6 +225,7 @@ SAID = {
         "| -0.0030 [-0.0040, -0.0020] (lost) |",
         "is +0.0001 [-0.0004, +0.0006] (0), mean over attentions",
         "(goal: within 0.0005 of zero, missed)",
+        "along the dial: DIN +0.0030 at 0, +0.0030 at 0.4; MHA +0.0000 at 0,",
     ),
     "ads_chunks": (
         "| alone | 0.6500 |  | 1,234,567 | 500 | 2.00 | 10.00 |  |",
