@@ -283,7 +283,9 @@ def page(outcome: results.Result) -> str:
         if values:
             drawn = figures.bars(values, title=title, x_label=label, digits=2)
             panels.append(report.Panel(title, drawn, "Medians; contenders in turn within each repeat."))
-    shown = [row for row in outcome.rows if row["what"] in ("whole step", "devices")] or outcome.rows
+    shown = [row for row in outcome.rows if row["what"] == "whole step"] or outcome.rows
+    said = ("case", "devices", "batch", "ms", "speedup", "memory_gib", "reason", "measured_on")
+    several = [{name: row[name] for name in said if name in row} for row in outcome.rows if row["what"] == "devices"]
     return report.page(
         outcome,
         "What ADS costs",
@@ -291,5 +293,5 @@ def page(outcome: results.Result) -> str:
         headline=shown,
         columns={name: heading for name, heading in COLUMNS.items() if any(name in row for row in shown)},
         panels=panels,
-        tables={"Everything measured": outcome.rows},
+        tables=({"On several devices": several} if several else {}) | {"Everything measured": outcome.rows},
     )
