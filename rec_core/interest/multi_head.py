@@ -121,7 +121,7 @@ class MultiHead(Interest):
         # ADS over 200 behaviours, queries .8 of the keys' size (chunks of 5), a training step's dense part took 1.79 ms
         # on an H200, and with keys, of smaller chunks and more queries still, 1.51.
         length, d = encoded.sequence.shape[1:]
-        return 4 * groups * d <= length * self.width
+        return 2 * groups * d <= length * self.width
 
     def _score_behaviors(self, encoded: Mapped, queries: Float[Array, "B G heads d"]) -> Float[Array, "B G heads T/G"]:
         sequence, _, linear = encoded
