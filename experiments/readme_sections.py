@@ -210,6 +210,7 @@ def ads_cost(result: Result) -> str:
         ms = f"{step['ms']:.2f}" if step else ""
         lines.append([attention, f"{length:,}", model, ms, _more(step), _more(dense), memory, asked])
     heading = ["attention", "behaviours", "model", "whole step, ms", "more, %", "dense part, more %", "memory, more %"]
+    elsewhere = dict.fromkeys((x["measured_on"], x["command"], x["commit"]) for x in rows if "measured_on" in x)
     candidates = next((f" A request has {row['candidates']} candidates." for row in rows if "candidates" in row), "")
     # The figures are of the first length.
     place = next((f" at {line[1]} behaviours" for line in lines if line[0] == "MHA"), "")
@@ -235,6 +236,7 @@ def ads_cost(result: Result) -> str:
         prose(f"MHA{place}: {'; '.join(goals)}." if goals else ""),
         _missing(rows, ("what", "attention", "length", "model")),
         f"Command: {command(result, 'ads_cost')}.",
+        *(f"On {where}: `{typed}` (commit {str(commit)[:12]})." for where, typed, commit in elsewhere),
     )
 
 

@@ -228,18 +228,13 @@ def _advance_apart(
     split = _split_tables(state, mesh)
 
     def step(state: State, batch: Any) -> Any:
-        def run(scant: bool) -> Any:
-            own = partial(_advance, model, config, train, axis_name="data", split=split, scant=scant)
-            return lambda state, batch, plans: own(state, batch, plans=plans)
-
         plans = {
             name: exchange.plan(state.params["tables"][name], ids, "data", split=name in split)
             for name, ids in model.touched(batch, config).items()
         }
+        own = partial(_advance, model, config, train, state, batch, axis_name="data", split=split, plans=plans)
         fits = exchange.fits([plans[name] for name in split], "data")
-        if fits is None:
-            return run(scant=False)(state, batch, plans)
-        return jax.lax.cond(fits, run(scant=True), run(scant=False), state, batch, plans)
+        return own() if fits is None else jax.lax.cond(fits, partial(own, scant=True), own)
 
     where = jax.tree.map(lambda sharding: sharding.spec, shardings(state, mesh))
     given, made = (where, batch_sharding(mesh).spec), (where, P())

@@ -6,7 +6,7 @@ and key before the rotation, SwiGLU as ``down(silu(gate(x)) * up(x))``. Linen's 
 theirs. Parameters are float32; ``dtype`` is what matrix products run in; norms, rotation and softmax are float32
 always. Layers are scanned, so every parameter of ``layers`` carries a leading axis of length ``layers``. In training
 without rematerialisation the scan is unrolled: a loop copies all that the backward pass needs to stacks and back, half
-of a step's memory traffic by the count of what is compiled for an H100.
+of a step's memory traffic by the count of what is compiled for an H100 (135 M parameters, 1,024 tokens); not timed.
 """
 
 from dataclasses import dataclass

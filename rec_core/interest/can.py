@@ -5,7 +5,8 @@ A layer of two or four units is no work for a matrix unit, and where each chunk 
 its products are many and tiny: laid out, padded and stored one by one, they cost more than what they read. Such layers
 are written unit by unit for accelerators, as sums that a compiler makes of the behaviours in few passes for all powers:
 with ADS in chunks of 10 the dense part of a training step takes 2.56 ms so and 4.43 as products (4,096 examples of 200
-behaviours, one H100). An MLP for each behaviour reads as much as it is given, and stays a product (6.15 ms, 7.19 so).
+behaviours, one H100, two runs). An MLP for each behaviour reads as much as it is given, and stays a product (6.15 ms,
+7.19 so).
 """
 
 from collections.abc import Callable, Sequence

@@ -119,7 +119,7 @@ class MultiHead(Interest):
     def _asks_behaviors(self, encoded: Mapped, groups: int) -> bool:
         # Not as soon as such queries are smaller than keys, since products of a few rows for each group are slow: with
         # ADS over 200 behaviours, queries .8 of the keys' size (chunks of 5), a training step's dense part took 1.79 ms
-        # on an H200, and with keys, of smaller chunks and more queries still, 1.51.
+        # on an H200, and with keys, of smaller chunks and more queries still, 1.51 (`ads-chunks`).
         length, d = encoded.sequence.shape[1:]
         return 2 * groups * d <= length * self.width
 
