@@ -53,7 +53,8 @@ class Config:
       lora: what "lora" adds.
       slots: tokens of the longest text that the layers see a sample, item included ("llm_ctr", "fp", "abe"); 0 for as
         many as the batch has places, padding included.
-      chunk: distinct behaviours that are encoded at a time in the step; fewer take less memory and more time.
+      chunk: distinct behaviours that are encoded at a time in the step. Fastest a little above what batches have; fewer
+        take less memory, and what is beyond the first chunk is computed twice.
       row: slots of the rows that they are packed into there.
       hidden, dense, dense_width, dropout: of the click head, as in `rec_core.ranking.ctr.Head`.
     """

@@ -3,7 +3,10 @@
 `E[a] = F_p(LLM_low(a))`. Behaviours are short, so several lie in a row, each a segment that sees nothing else.
 """
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -72,10 +75,12 @@ def encode_texts(
 ) -> Float[Array, "n S d"]:
     """What the upper layers read of each text: its vector (S = 1, "ba") or its tokens' states (S = K, "abe").
 
-    Zeros behind the text and for one of length 0. Texts lie in rows of `Config.row` slots, K slots each.
+    Zeros behind the text and for one of length 0. Texts lie in rows of up to `Config.row` slots, K slots each.
     """
     n, k = tokens.shape
-    a_row = max(1, config.row // k)
+    # A multiple of 8 slots where it fits: attention would copy rows of other lengths to such, in every layer.
+    eights = 8 // math.gcd(8, k)
+    a_row = max(1, config.row // k // eights * eights or config.row // k)
     rows = -(-n // a_row)
     rows += -rows % _data_axis()
     # Places that are left over hold the first texts again: a token of the batch, so one that was gathered.
@@ -107,32 +112,31 @@ def encode_distinct(
 ) -> tuple[Float[Array, "m S d"], Int[Array, " n"]]:
     """Encodes each distinct behaviour among n once: `(encoded, place)`, with `encoded[place]` those of all n.
 
-    `Config.chunk` of them go at a time, as many times as there are distinct ones: the time is that of these, while the
-    size is fixed. Entries of length 0 are no behaviours, and their places hold no meaning. Gradients flow.
+    `Config.chunk` of them go at once. What a batch has beyond goes as many at a time, for as long as there are some,
+    with layers computed again in the backward pass: the time is that of the distinct ones, sizes are fixed, and memory
+    holds the layers of one chunk. Entries of length 0 are no behaviours; their places hold no meaning. Gradients flow.
     """
-    n, k = tokens.shape
+    n = len(tokens)
     known = jnp.where(lengths > 0, ids, _NONE)
     found, first, place = jnp.unique(known, size=n, fill_value=_NONE, return_index=True, return_inverse=True)
     tokens, lengths = tokens[first], jnp.where(found == _NONE, 0, lengths[first])
-    if n <= config.chunk:
-        return encode_texts(params, tokens, lengths, config, key=key, train=train), place
-    chunks = -(-n // config.chunk)
-    order = jnp.minimum(jnp.arange(chunks * config.chunk), n - 1).reshape(chunks, config.chunk)
     count = jnp.sum(found != _NONE)
-    shape = (config.chunk, k if config.setting == "abe" else 1, config.language_model.width)
 
-    def encode(chunk: tuple[Array, Array]) -> Array:
-        number, rows = chunk
-        part_key = None if key is None else jax.random.fold_in(key, number)
+    def encode(start: Int[Array, ""] | int, config: Config = config) -> Float[Array, "chunk S d"]:
+        rows = jnp.minimum(start + jnp.arange(min(n, config.chunk)), n - 1)  # behind the last the last again
+        part_key = None if key is None else jax.random.fold_in(key, start)
         return encode_texts(params, tokens[rows], lengths[rows], config, key=part_key, train=train)
 
-    def step(_: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
-        begun = chunk[0] * config.chunk < count
-        return None, jax.lax.cond(begun, encode, lambda _: jnp.zeros(shape, config.dtype), chunk)
+    encoded = encode(0)
+    if n <= config.chunk:
+        return encoded, place
+    again = partial(encode, config=replace(config, language_model=config.language_model.running(remat="full")))
 
-    # Computed again in the backward pass: memory holds the layers of one chunk.
-    _, encoded = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), None, (jnp.arange(chunks), order))
-    return encoded.reshape(-1, *shape[1:]), place
+    def step(_: None, start: Int[Array, ""]) -> tuple[None, Array]:
+        return None, jax.lax.cond(start < count, again, lambda _: jnp.zeros_like(encoded), start)
+
+    _, more = jax.lax.scan(step, None, jnp.arange(config.chunk, n, config.chunk))
+    return jnp.concatenate([encoded, more.reshape(-1, *encoded.shape[1:])]), place
 
 
 def _data_axis() -> int:

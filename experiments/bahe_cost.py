@@ -7,8 +7,8 @@ The settings are the rows of the paper's ablation on one model (the shape of Smo
 time does not depend on), one batch, one attention kernel and one remat policy. LLM-CTR and + FP train all layers. + ABE
 and + BA train the upper half over a table of the frozen lower half, whose building is spread over an epoch: of
 `distinct_per_sample` texts a sample, as many as the paper's data have (10 M behaviours, 50 M samples). "trained
-through" encodes the batch's distinct behaviours in the step and trains the lower half too; behaviours are drawn by
-Zipf's law. Memory is the peak as compiled: parameters, optimizer, batch and temporaries.
+through" encodes the batch's distinct behaviours in the step, all at once, and trains the lower half too; behaviours are
+drawn by Zipf's law. Memory is the peak as compiled: parameters, optimizer, batch and temporaries.
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +23,16 @@ from bahe_jax import cost
 from experiments import figures, progress, report, results
 from experiments.results import Row
 from experiments.steps import timing
-from experiments.steps.bahe_train import SMOLLM2, TINY, Measured, Texts, encoding_speed, lower_step, measure
+from experiments.steps.bahe_train import (
+    SMOLLM2,
+    TINY,
+    Measured,
+    Texts,
+    draw_behaviors,
+    encoding_speed,
+    lower_step,
+    measure,
+)
 
 # Dense bfloat16 products a second, as the makers publish them; the denominator of MFU.
 PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
@@ -86,8 +95,9 @@ def run(config: BaheCost) -> results.Result:
         config = BaheCost(**(vars(config) | QUICK))
     started = results.begin()
     model = bahe_jax.Config((TINY if config.quick else SMOLLM2).running(remat=config.remat), config.sequences)
+    distinct = {length: _distinct(config, length) for length in config.lengths}
     cases = {
-        (length, name): replace(model, setting=setting, lower=lower)
+        (length, name): replace(model, setting=setting, lower=lower, chunk=-(-distinct[length] // 256) * 256)
         for length in config.lengths
         for name, (setting, lower) in CASES.items()
     }
@@ -95,7 +105,7 @@ def run(config: BaheCost) -> results.Result:
     rows = [_encoding(config, model)]
     speed = float(rows[0]["tokens_per_s"] or 0)
     for (length, name), own in cases.items():
-        rows.append(_case(config, own, name, length, speed, programs[length, name]))
+        rows.append(_case(config, own, name, length, distinct[length], speed, programs[length, name]))
         print(progress.table(rows[-1:]), flush=True)
         # After each: a run that is cut short keeps what it has measured.
         found = summarize(rows, small=config.quick)
@@ -125,8 +135,20 @@ def _texts(config: BaheCost, length: int) -> Texts:
     return Texts(config.batch, length, config.sequences, config.tokens, config.behaviors)
 
 
+def _distinct(config: BaheCost, length: int) -> int:
+    """Distinct behaviours of the batch."""
+    sequences, item = draw_behaviors(_texts(config, length))
+    return len(np.unique(np.append(sequences, item)))
+
+
 def _case(
-    config: BaheCost, model: bahe_jax.Config, name: str, length: int, speed: float, program: timing.Program
+    config: BaheCost,
+    model: bahe_jax.Config,
+    name: str,
+    length: int,
+    distinct: int,
+    speed: float,
+    program: timing.Program,
 ) -> Row:
     """A row; where the step could not run on the device, one that says why."""
     texts = _texts(config, length)
@@ -137,7 +159,6 @@ def _case(
         found: Measured = measure(texts, model, program, steps=config.steps, repeats=config.repeats)
     except jax.errors.JaxRuntimeError as error:
         return row | {"reason": timing.why(error)}
-    distinct = round(found.share * config.batch * (config.sequences * texts.most + 1))
     built = config.batch * config.distinct_per_sample * config.tokens / speed * 1000
     in_table = model.lower == "table"
     counted = cost.count(
@@ -149,7 +170,8 @@ def _case(
     )
     row |= {"ms": found.ms, "ms_low": found.ms_low, "ms_high": found.ms_high, "peak_gib": found.gib}
     row |= {"table_ms": built if in_table else 0.0, "total_ms": found.ms + (built if in_table else 0.0)}
-    row |= {"distinct_share": None if in_table or not model.by_behavior else found.share}
+    share = distinct / (config.batch * (config.sequences * texts.most + 1))
+    row |= {"distinct_share": None if in_table or not model.by_behavior else share}
     return row | {"forward_gflop": 2 * counted.total / 1e9, "papers_pairs": counted.paper}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 import bahe_jax
 from bahe_jax import language_model
@@ -36,7 +37,6 @@ class Texts:
 
     Attributes:
       behaviors: H, distinct texts.
-      share: distinct texts among those of a batch, found.
     """
 
     batch: int
@@ -53,26 +53,31 @@ class Texts:
 
 @dataclass(frozen=True)
 class Measured:
-    """A step: milliseconds (median, shortest, longest), GiB at its peak as compiled, share of distinct behaviours."""
+    """A step: milliseconds (median, shortest, longest) and GiB at its peak as compiled."""
 
     ms: float
     ms_low: float
     ms_high: float
     gib: float
-    share: float
+
+
+def draw_behaviors(texts: Texts, seed: int = 0) -> tuple[Int[np.ndarray, "B N M"], Int[np.ndarray, " B"]]:
+    """Which texts a batch has, and which are its items."""
+    chance = 1 / np.arange(1, texts.behaviors + 1)
+    shape = (texts.batch, texts.sequences, texts.most)
+    draw = np.random.default_rng(seed)
+    chosen = draw.choice(texts.behaviors, (int(np.prod(shape)) + texts.batch,), p=chance / chance.sum())
+    return chosen[: -texts.batch].reshape(shape), chosen[-texts.batch :]
 
 
 def make_batch(texts: Texts, config: bahe_jax.Config, seed: int = 0) -> bahe_jax.Batch:
     """A batch on the host, for `config.lower` "table" with vectors in the dtype of the computation."""
-    draw = np.random.default_rng(seed)
-    k, vocabulary = texts.tokens, config.language_model.vocabulary
+    sequences, item = draw_behaviors(texts, seed)
+    draw = np.random.default_rng([seed, 1])
+    k, vocabulary, shape = texts.tokens, config.language_model.vocabulary, sequences.shape
     held = bahe_jax.Catalogue(
         draw.integers(0, vocabulary, (texts.behaviors, k)).astype(np.int32), np.full(texts.behaviors, k, np.int32)
     )
-    chance = 1 / np.arange(1, texts.behaviors + 1)
-    shape = (texts.batch, texts.sequences, texts.most)
-    chosen = draw.choice(texts.behaviors, (int(np.prod(shape)) + texts.batch,), p=chance / chance.sum())
-    sequences, item = chosen[: -texts.batch].reshape(shape), chosen[-texts.batch :]
     batch = held.batch(sequences, item, draw.integers(0, 2, texts.batch).astype(np.float32))
     if config.lower != "table":
         return batch
@@ -96,9 +101,7 @@ def measure(texts: Texts, config: bahe_jax.Config, program: Program, *, steps: i
     Raises:
       jax.errors.JaxRuntimeError: it does not fit the device's memory.
     """
-    host = make_batch(texts, config)
-    ids = np.concatenate([np.ravel(np.asarray(host.ids)), np.asarray(host.item)])
-    batch = jax.device_put(host)
+    batch = jax.device_put(make_batch(texts, config))
     state = jax.jit(partial(training.init_state, bahe_jax, config, TRAIN))()
     found = []
     for _ in range(repeats + 1):
@@ -111,7 +114,7 @@ def measure(texts: Texts, config: bahe_jax.Config, program: Program, *, steps: i
         raise RuntimeError(f"{config.setting}, lower {config.lower!r}: the loss is {loss}; the times mean nothing")
     ms = found[1:]  # the first round is for caches and clocks
     gib = float(program.counts().get("memory_gib") or 0)
-    return Measured(float(np.median(ms)), min(ms), max(ms), gib, len(np.unique(ids)) / len(ids))
+    return Measured(float(np.median(ms)), min(ms), max(ms), gib)
 
 
 def encoding_speed(
