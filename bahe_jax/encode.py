@@ -23,7 +23,6 @@ from jaxtyping import Array, Float, Int
 
 from bahe_jax import lower
 from bahe_jax.config import Config
-from bahe_jax.pooling import pool
 from bahe_jax.table import Table
 from bahe_jax.texts import Batch as Rows
 from bahe_jax.texts import PackedTexts, pack_texts
@@ -72,7 +71,8 @@ def version(params: Mapping[str, Any], config: Config, tokenizer: Tokens, limit:
             used["net"][name] = params["net"][name]["lower"]
     model = dataclasses.asdict(config.language_model.running(attention=None, remat="none", dropout=0.0))
     model["transformer"].pop("layers")  # those above the split may change
-    said = {"split": config.lower_layers, "setting": config.setting, "pooling": config.pooling, "limit": limit}
+    pooling = [config.pooling, "behind the first token"]
+    said = {"split": config.lower_layers, "setting": config.setting, "pooling": pooling, "limit": limit}
     lora = dataclasses.asdict(config.lora) if config.lower == "lora" else None
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps([model, said, lora, tokenizer.identity()], sort_keys=True).encode())
@@ -210,7 +210,7 @@ def _pooled(params: Any, batch: Rows, place: Int[Array, " n"], config: Config) -
     states = lower.encode_rows(params, batch, config)
     segment = jnp.arange(1, batch.tokens.shape[1] + 1)
     mask = batch.segment_ids[:, None] == segment[:, None]
-    pooled = pool(states, mask, config.pooling, lower.query(params, "lower"))
+    pooled = lower.pool_texts(params, states, mask, config)
     return pooled.reshape(-1, states.shape[-1])[place].astype(jnp.float32)  # here: the host is slow at it
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bahe_jax import language_model, lora
 from bahe_jax.config import Config
@@ -64,6 +64,20 @@ def query(params: Mapping[str, Any], part: str) -> Float[Array, " d"] | None:
     return None if pools is None else pools[part]
 
 
+def pool_texts(
+    params: Mapping[str, Any], states: Float[Array, "n T d"], mask: Bool[Array, "n P T"], config: Config
+) -> Float[Array, "n P d"]:
+    """F_p of the lower layers' states, over all tokens of a text but its first, where it has more.
+
+    Pre-trained decoders keep a sink for attention at the first token: its state is the same for every text, and behind
+    half of SmolLM2-135M's layers 150 times as long as others. With it all texts have one mean.
+    """
+    if config.lower_layers:
+        first = jnp.argmax(mask, axis=-1, keepdims=True)
+        mask &= (jnp.arange(mask.shape[-1]) != first) | (jnp.sum(mask, axis=-1, keepdims=True) == 1)
+    return pool(states, mask, config.pooling, query(params, "lower"))
+
+
 def encode_texts(
     params: Mapping[str, Any],
     tokens: Int[Array, "n K"],
@@ -97,7 +111,7 @@ def encode_texts(
     mask = jnp.arange(k) < lengths[:, None]
     if config.setting == "abe":
         return jnp.where(mask[..., None], states, 0)
-    return pool(states, mask[:, None], config.pooling, query(params, "lower"))
+    return pool_texts(params, states, mask[:, None], config)
 
 
 def encode_distinct(

@@ -69,12 +69,13 @@ def pack_texts(texts: Sequence[Integer[np.ndarray, " _"]], row_length: int) -> P
     Raises:
       ValueError: no texts, an empty text or one longer than a row, naming it.
     """
-    for number, text in enumerate(texts):
-        if not 1 <= len(text) <= row_length:
-            raise ValueError(
-                f"text {number} has {len(text)} tokens, must have 1 to row_length={row_length}: cut it when it is "
-                "tokenised (limit), or use longer rows"
-            )
-    lengths = np.array([len(text) for text in texts], np.int32)
+    lengths = np.fromiter(map(len, texts), np.int32, len(texts))
+    wrong = np.flatnonzero((lengths < 1) | (lengths > row_length))
+    if len(wrong):
+        number = int(wrong[0])
+        raise ValueError(
+            f"text {number} has {lengths[number]} tokens, must have 1 to row_length={row_length}: cut it when it is "
+            "tokenised (limit), or use longer rows"
+        )
     plan = pack(lengths, row_length)
-    return PackedTexts(np.concatenate([np.asarray(text, np.int32) for text in texts]), lengths, plan)
+    return PackedTexts(np.concatenate(texts).astype(np.int32, copy=False), lengths, plan)

@@ -1,6 +1,6 @@
 """What a training step of BAHE costs beside LLM-CTR: time, memory and multiply-adds of the four settings.
 
-    python -m experiments bahe-cost                      # for an accelerator; not yet run in full
+    python -m experiments bahe-cost                      # for an accelerator; 6 minutes of an H100, 4 of them compile
     python -m experiments bahe-cost --quick              # sizes of a test: only shows that everything works
 
 The settings are the rows of the paper's ablation on one model (the shape of SmolLM2-135M, random weights, which the
@@ -8,12 +8,15 @@ time does not depend on), one batch, one attention kernel and one remat policy. 
 and + BA train the upper half over a table of the frozen lower half, whose building is spread over an epoch: of
 `distinct_per_sample` texts a sample, as many as the paper's data have (10 M behaviours, 50 M samples). "trained
 through" encodes the batch's distinct behaviours in the step, all at once, and trains the lower half too; behaviours are
-drawn by Zipf's law. Memory is the peak as compiled: parameters, optimizer, batch and temporaries.
+drawn by Zipf's law. Memory is the peak as compiled: parameters, optimizer, batch and temporaries. How operations grow
+with N, M, K and H (`steps.bahe_counts`) is counted on two layers of the same widths.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +25,7 @@ import bahe_jax
 from bahe_jax import cost
 from experiments import figures, progress, report, results
 from experiments.results import Row
-from experiments.steps import timing
+from experiments.steps import bahe_counts, timing
 from experiments.steps.bahe_train import (
     SMOLLM2,
     TINY,
@@ -102,7 +105,7 @@ def run(config: BaheCost) -> results.Result:
         for name, (setting, lower) in CASES.items()
     }
     programs = timing.compile_all({key: partial(lower_step, _texts(config, key[0]), own) for key, own in cases.items()})
-    rows = [_encoding(config, model)]
+    rows = [_encoding(config, model), *_growth_rows(config, model)]
     speed = float(rows[0]["tokens_per_s"] or 0)
     for (length, name), own in cases.items():
         rows.append(_case(config, own, name, length, distinct[length], speed, programs[length, name]))
@@ -112,7 +115,7 @@ def run(config: BaheCost) -> results.Result:
         outcome = results.record("bahe_cost", started=started, seeds=[0], rows=rows, figures=found)
         results.write(config.out / "result.json", outcome)
     report.write(config.out / "report.html", page(config, outcome))
-    print(progress.table(rows))
+    print(progress.table([row for row in rows if row["what"] != "complexity"]))
     print(f"report: {config.out / 'report.html'}   result: {config.out / 'result.json'}   {outcome.seconds:.0f} s")
     return outcome
 
@@ -129,6 +132,14 @@ def _encoding(config: BaheCost, model: bahe_jax.Config) -> Row:
     peak = PEAK_FLOPS.get(jax.local_devices()[0].device_kind)
     row: Row = {"what": "encoding", "tokens_per_s": speed, "tflops": flops / 1e12}
     return row | {"mfu": flops / peak if peak else None, "texts": config.texts}
+
+
+def _growth_rows(config: BaheCost, model: bahe_jax.Config) -> list[Row]:
+    two = model.language_model.running(attention="reference")  # plain operations, which every compiler counts
+    two = replace(two, transformer=replace(two.transformer, layers=2))
+    settings = {setting: name for name, (setting, _) in CASES.items() if "through" not in name}
+    varied = bahe_counts.VARIED if not config.quick else {"M": (17, 34), "H": (0.2, 0.8)}
+    return bahe_counts.rows(replace(model, language_model=two), settings, varied)
 
 
 def _texts(config: BaheCost, length: int) -> Texts:
@@ -204,6 +215,7 @@ def page(config: BaheCost, outcome: results.Result) -> str:
         values = {f"{row['what']}, {row['length']} tokens": float(row[column] or 0) for row in steps}
         shows = f"{config.batch} samples of {config.sequences} sequences, behaviours of {config.tokens} tokens."
         panels.append(report.Panel(title, figures.bars(values, title=title, x_label=label, digits=2), shows))
+    panels += [_growth(outcome.rows, name) for name in dict.fromkeys(row.get("varied") for row in outcome.rows) if name]
     panels.append(_complexity(config))
     return report.page(
         outcome,
@@ -213,6 +225,31 @@ def page(config: BaheCost, outcome: results.Result) -> str:
         panels=panels,
         tables={"Encoding behaviours": [row for row in outcome.rows if row["what"] == "encoding"]},
     )
+
+
+def _growth(rows: Sequence[Mapping[str, Any]], varied: Any) -> report.Panel:
+    """How LLM-CTR and + BA grow with one size: as the compiler counts, exactly, and by the paper's formula."""
+    what = {
+        "N": "kinds of behaviour",
+        "M": "behaviours of a kind",
+        "K": "tokens of a behaviour",
+        "H": "distinct texts a sample",
+    }
+    kinds = {"compiler_gflop": "compiler", "exact_gflop": "exact", "papers_pairs": "the paper's formula"}
+    curves = {}
+    for name in ("LLM-CTR", "+ BA"):
+        own = [row for row in rows if row.get("varied") == varied and row["setting"] == name]
+        usual = next(row for row in own if row[varied] == bahe_counts.USUAL[varied])
+        for column, label in kinds.items():
+            at = np.array([row[varied] for row in own])
+            curves[f"{name}, {label}"] = at, np.array([row[column] / usual[column] for row in own])
+    sizes = ", ".join(f"{name} = {value:g}" for name, value in bahe_counts.USUAL.items())
+    title = f"Operations by {varied}, {what[varied]}"
+    drawn = figures.lines(curves, title=title, x_label=what[varied], y_label=f"times those at {sizes}", log_x=True)
+    shows = (
+        "A forward pass. The compiler counts all pairs of a row in attention, the exact count those that causal texts "
+    )
+    return report.Panel(title, drawn, shows + "have, and the paper's formula pairs alone.")
 
 
 def _complexity(config: BaheCost) -> report.Panel:

@@ -95,6 +95,16 @@ def test_packed_is_one_by_one_and_the_same_again_bit_for_bit(setting):
         same(run(case().texts, mesh=make_mesh(2, 1)), packed)
 
 
+def test_a_vector_is_the_mean_behind_the_first_token():
+    """Without lower layers, where nothing is a sink yet, it is the mean of all."""
+    for split, first in ((1, 1), (0, 0)):
+        one, each = (dataclasses.replace(settings(name), split=split) for name in ("ba", "abe"))
+        run = functools.partial(encode.encode_tokens, case().texts, params_of(one), **SHAPE)
+        vectors, states = run(config=one), run(config=each, tokens=K)
+        for text, vector, own in zip(case().texts, vectors, states):
+            same(vector, own[min(first, len(text) - 1) : len(text)].mean(axis=0))
+
+
 def test_only_what_is_new_is_encoded():
     words, seen = Words(), []
     with table() as into:

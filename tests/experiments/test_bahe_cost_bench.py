@@ -2,8 +2,12 @@
 
 import pytest
 
+import bahe_jax
+from bahe_jax import language_model
 from experiments import bahe_cost, results
 from experiments.bahe_cost import BaheCost
+from experiments.steps import bahe_counts
+from rec_core.transformer import TransformerConfig
 
 
 def test_a_quick_run_writes_rows_figures_and_a_report(tmp_path, monkeypatch, capsys):
@@ -11,7 +15,8 @@ def test_a_quick_run_writes_rows_figures_and_a_report(tmp_path, monkeypatch, cap
     monkeypatch.setitem(bahe_cost.QUICK, "lengths", (32,))
     outcome = bahe_cost.run(BaheCost(quick=True, out=tmp_path))
     assert results.read(tmp_path / "result.json") == outcome
-    encoding, llm, ba = outcome.rows
+    encoding, *counted, llm, ba = outcome.rows
+    assert {row["what"] for row in counted} == {"complexity"} and {row["varied"] for row in counted} == {"M", "H"}
     assert encoding["tokens_per_s"] > 0 and encoding["mfu"] is None
     assert (llm["what"], ba["what"]) == ("LLM-CTR", "+ BA") and llm["behaviors"] == ba["behaviors"] == 3
     assert llm["peak_gib"] > 0 < ba["peak_gib"] and llm["table_ms"] == 0 < ba["table_ms"]
@@ -33,6 +38,26 @@ def test_figures_have_the_names_that_are_quoted():
     assert found["speedup_1024"] == found["memory_ratio_2048"] == 0.25 and found["speedup_1024_through"] == 1 / 6
     assert {"speedup_2048", "speedup_2048_fp", "speedup_2048_abe_through", "encode_mfu"} <= set(found)
     assert "speedup_2048_through" not in found
+
+
+def test_operations_grow_as_counted():
+    """The compiler's are the exact count's, with all pairs of a row, rows of whole eights, and elementwise work."""
+    transformer = TransformerConfig(
+        width=64, layers=2, heads=2, kv_heads=1, head_width=32, hidden=96, attention="reference"
+    )
+    model = bahe_jax.Config(language_model.Config("llama", vocabulary=50, transformer=transformer, tied=True), 2)
+    rows = bahe_counts.rows(model, {"llm_ctr": "LLM-CTR", "ba": "+ BA"}, {"M": (5, 21), "H": (0.2, 3.2)})
+    for row in rows:
+        slots = -(-(6 * row["M"] + 1) * (5 if row["setting"] == "LLM-CTR" else 1) // 8) * 8
+        every, layers = slots**2 * 4 * 64 / 1e9, 2 if row["setting"] == "LLM-CTR" else 1
+        assert row["exact_gflop"] < row["compiler_gflop"] < 1.15 * (row["exact_gflop"] + layers * every)
+    size = {(row["setting"], row["varied"], row[row["varied"]]): row for row in rows}
+    a, b = size["+ BA", "H", 0.2], size["+ BA", "H", 3.2]
+    exact, compiled = (b[name] - a[name] for name in ("exact_gflop", "compiler_gflop"))  # of texts of five tokens
+    assert exact < compiled < 1.15 * exact
+    a, b = size["LLM-CTR", "M", 5], size["LLM-CTR", "M", 21]
+    assert b["papers_pairs"] / a["papers_pairs"] == pytest.approx(4.2**2)  # nothing in it grows linearly
+    assert 4.2 < b["exact_gflop"] / a["exact_gflop"] < 8
 
 
 @pytest.mark.parametrize("change", [{"batch": 0}, {"lengths": (16,)}, {"distinct_per_sample": -1.0}])
