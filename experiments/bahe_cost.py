@@ -247,9 +247,9 @@ def _growth(rows: Sequence[Mapping[str, Any]], varied: Any) -> report.Panel:
     title = f"Operations by {varied}, {what[varied]}"
     drawn = figures.lines(curves, title=title, x_label=what[varied], y_label=f"times those at {sizes}", log_x=True)
     shows = (
-        "A forward pass. The compiler counts all pairs of a row in attention, the exact count those that causal texts "
+        "A forward pass. The compiler counts all pairs of a row in attention, the exact count those of causal texts, "
     )
-    return report.Panel(title, drawn, shows + "have, and the paper's formula pairs alone.")
+    return report.Panel(title, drawn, shows + "the paper's formula nothing but pairs.")
 
 
 def _complexity(config: BaheCost) -> report.Panel:

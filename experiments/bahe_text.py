@@ -16,7 +16,8 @@ when it is done and result.json is written after every point, so that a stopped 
 
 Not yet run in full. From counted multiply-adds (`bahe_text_models.estimate`) all points with 3 seeds are 38 minutes of
 one H100, if it makes 250 TFLOP/s of these small matrices: LLM-CTR 18.1, + FP 11.5, + ABE 7.6, + BA .8; the longest seed
-of a point is 2 minutes. Compiling some 27 points, and click models and bootstrap on the host, come on top.
+of a point is 2 minutes. A process for each point (`--only`), several to a device, with a compilation cache in common
+(`JAX_COMPILATION_CACHE_DIR`) keeps devices busy while others compile.
 """
 
 from collections.abc import Mapping
