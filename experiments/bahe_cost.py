@@ -210,7 +210,7 @@ def page(config: BaheCost, outcome: results.Result) -> str:
     for column, title, label in (
         ("total_ms", "Time of a training step", "milliseconds, the table's share included"),
         ("peak_gib", "Peak memory of a training step", "GiB"),
-        ("forward_gflop", "Multiply-adds of a forward pass, counted", "GFLOP a batch"),
+        ("forward_gflop", "Operations of a forward pass, counted", "GFLOP a batch"),
     ):
         values = {f"{row['what']}, {row['length']} tokens": float(row[column] or 0) for row in steps}
         shows = f"{config.batch} samples of {config.sequences} sequences, behaviours of {config.tokens} tokens."
@@ -245,11 +245,11 @@ def _growth(rows: Sequence[Mapping[str, Any]], varied: Any) -> report.Panel:
             curves[f"{name}, {label}"] = at, np.array([row[column] / usual[column] for row in own])
     sizes = ", ".join(f"{name} = {value:g}" for name, value in bahe_counts.USUAL.items())
     title = f"Operations by {varied}, {what[varied]}"
-    drawn = figures.lines(curves, title=title, x_label=what[varied], y_label=f"times those at {sizes}", log_x=True)
+    drawn = figures.lines(curves, title=title, x_label=what[varied], y_label="times the usual", log_x=True)
     shows = (
         "A forward pass. The compiler counts all pairs of a row in attention, the exact count those of causal texts, "
     )
-    return report.Panel(title, drawn, shows + "the paper's formula nothing but pairs.")
+    return report.Panel(title, drawn, shows + f"the paper's formula nothing but pairs. Usual: {sizes}.")
 
 
 def _complexity(config: BaheCost) -> report.Panel:
