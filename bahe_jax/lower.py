@@ -69,8 +69,8 @@ def pool_texts(
 ) -> Float[Array, "n P d"]:
     """F_p of the lower layers' states, over all tokens of a text but its first, where it has more.
 
-    Pre-trained decoders keep a sink for attention at the first token: its state is the same for every text, and behind
-    half of SmolLM2-135M's layers 150 times as long as others. With it all texts have one mean.
+    Pre-trained decoders keep a sink for attention at the first token: its state is nearly the same for every text, and
+    behind half of SmolLM2-135M's layers 150 times as long as others. With it all texts have nearly one mean.
     """
     if config.lower_layers:
         first = jnp.argmax(mask, axis=-1, keepdims=True)
