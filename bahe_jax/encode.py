@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -129,10 +130,13 @@ def encode(
     share = list(own)
     left = [share[place] for place in table.missing(share)]
     now = Progress(len(share) - len(left), len(share), 0, 0, time.perf_counter() - began)
-    with nullcontext() if mesh is None else jax.set_mesh(mesh):
-        for start in range(0, len(left), group):
-            part = left[start : start + group]
-            tokens = tokenizer.encode(part, limit)
+    groups = [left[start : start + group] for start in range(0, len(left), group)]
+    with nullcontext() if mesh is None else jax.set_mesh(mesh), ThreadPoolExecutor(1) as ahead:
+        coming = [ahead.submit(tokenizer.encode, part, limit) for part in groups[:1]]
+        for number, part in enumerate(groups):
+            tokens = coming.pop().result()
+            # The next group's text becomes tokens while the device has this one.
+            coming += [ahead.submit(tokenizer.encode, part, limit) for part in groups[number + 1 : number + 2]]
             vectors = encode_tokens(
                 tokens, params, config, rows=rows, row_length=row_length, tokens=table.tokens, mesh=mesh
             )
