@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -112,7 +112,7 @@ def encode(
       table: open for writing, of `version(params, config, tokenizer, limit)`.
       limit: most tokens of a text; for a table of states its `tokens`.
       rows, row_length: shape that is compiled. row_length is at least `limit`.
-      group: texts a transaction; a kill costs at most this work.
+      group: texts a transaction; a kill costs at most the work of two.
       process_index, process_count: this process's share; the shares are disjoint whatever the order of `texts`.
       mesh: rows are split over its data axis; None: the default device.
       on_progress: called after each transaction.
@@ -131,21 +131,37 @@ def encode(
     left = [share[place] for place in table.missing(share)]
     now = Progress(len(share) - len(left), len(share), 0, 0, time.perf_counter() - began)
     groups = [left[start : start + group] for start in range(0, len(left), group)]
-    with nullcontext() if mesh is None else jax.set_mesh(mesh), ThreadPoolExecutor(1) as ahead:
-        coming = [ahead.submit(tokenizer.encode, part, limit) for part in groups[:1]]
-        for number, part in enumerate(groups):
-            tokens = coming.pop().result()
-            # The next group's text becomes tokens while the device has this one.
-            coming += [ahead.submit(tokenizer.encode, part, limit) for part in groups[number + 1 : number + 2]]
-            vectors = encode_tokens(
-                tokens, params, config, rows=rows, row_length=row_length, tokens=table.tokens, mesh=mesh
-            )
-            lengths = np.array([len(text) for text in tokens])
-            table.write(part, lengths, vectors)
-            encoded, seen = now.encoded + len(part), now.tokens + int(lengths.sum())
-            now = Progress(now.done + len(part), now.total, encoded, seen, time.perf_counter() - began)
+    run = partial(
+        encode_tokens, params=params, config=config, rows=rows, row_length=row_length, tokens=table.tokens, mesh=mesh
+    )
+
+    def store(part: list[str], tokens: list[Int[np.ndarray, " _"]], vectors: Float[np.ndarray, "n *s"]) -> int:
+        lengths = np.array([len(text) for text in tokens])
+        table.write(part, lengths, vectors)
+        return int(lengths.sum())
+
+    # While the device has a group, the next one's texts become tokens, and the last one's vectors are stored.
+    with nullcontext() if mesh is None else jax.set_mesh(mesh), ThreadPoolExecutor(2) as beside:
+        coming = [beside.submit(tokenizer.encode, part, limit) for part in groups[:1]]
+        going: list[tuple[int, Future[int]]] = []
+
+        def settle() -> None:
+            nonlocal now
+            texts, stored = going.pop()
+            encoded, seen = now.encoded + texts, now.tokens + stored.result()
+            now = Progress(now.done + texts, now.total, encoded, seen, time.perf_counter() - began)
             if on_progress is not None:
                 on_progress(now)
+
+        for number, part in enumerate(groups):
+            tokens = coming.pop().result()
+            coming += [beside.submit(tokenizer.encode, part, limit) for part in groups[number + 1 : number + 2]]
+            vectors = run(tokens)
+            if going:
+                settle()
+            going.append((len(part), beside.submit(store, part, tokens, vectors)))
+        if going:
+            settle()
     return now
 
 

@@ -129,7 +129,7 @@ class Table:
             )
         with np.errstate(over="ignore"):
             stored = vectors.astype(jnp.dtype(self.dtype))
-        bad = np.flatnonzero(~np.isfinite(stored.astype(np.float32)).reshape(len(texts), -1).all(axis=1))
+        bad = np.flatnonzero(~np.isfinite(stored).reshape(len(texts), -1).all(axis=1))
         if len(bad):
             raise ValueError(
                 f"the vector of text {bad[0]} ({texts[bad[0]][:40]!r}) is not finite in {self.dtype} ({len(bad)} "
