@@ -126,8 +126,9 @@ def encode(
     """
     began = time.perf_counter()
     _check(params, config, tokenizer, table, limit, row_length, min(rows, group), process_index, process_count)
-    own = dict.fromkeys(text for text in texts if table.key(text)[-1] % process_count == process_index)
-    share = list(own)
+    share = list(dict.fromkeys(texts))
+    if process_count > 1:
+        share = [text for text in share if table.key(text)[-1] % process_count == process_index]
     left = [share[place] for place in table.missing(share)]
     now = Progress(len(share) - len(left), len(share), 0, 0, time.perf_counter() - began)
     groups = [left[start : start + group] for start in range(0, len(left), group)]

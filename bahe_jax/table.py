@@ -95,11 +95,14 @@ class Table:
 
     def missing(self, texts: Sequence[str]) -> list[int]:
         """The place of the first of each text that the table does not have."""
+        return list(self._missing(texts).values())
+
+    def _missing(self, texts: Sequence[str]) -> dict[bytes, int]:
         first: dict[bytes, int] = {}
         for place, text in enumerate(texts):
             first.setdefault(self.key(text), place)
         _, found = self._rows.get(list(first))
-        return [place for place, there in zip(first.values(), found.tolist(), strict=True) if not there]
+        return {key: place for (key, place), there in zip(first.items(), found.tolist(), strict=True) if not there}
 
     def write(
         self, texts: Sequence[str], lengths: Int[np.ndarray, " n"], vectors: Float[np.ndarray, "n *s"]
@@ -135,12 +138,13 @@ class Table:
                 f"the vector of text {bad[0]} ({texts[bad[0]][:40]!r}) is not finite in {self.dtype} ({len(bad)} "
                 'such): nothing was stored; with "float16" try "bfloat16", whose range is float32\'s'
             )
-        new = self.missing(texts)
+        absent = self._missing(texts)
+        new = list(absent.values())
         rows = np.zeros(len(new), entry_dtype(self.width, self.tokens, self.dtype))
         rows["length"] = lengths[new]
         rows["vector"] = stored[new].view(np.uint16) if self.dtype == "bfloat16" else stored[new]
         if new:
-            self._rows.put([self.key(texts[place]) for place in new], rows)
+            self._rows.put(list(absent), rows)
         return len(new)
 
     def read(self, texts: Iterable[str]) -> tuple[np.ndarray, Int[np.ndarray, " n"]]:

@@ -98,6 +98,8 @@ class _Part:
         self._types: dict[str, np.dtype[Any]] = {"index": _INDEX, "vectors": entry["vector"]}
         self._files: dict[str, BinaryIO] = {}
         self._lock: BinaryIO | None = None
+        self._order = np.zeros(0, np.int64)
+        self._high, self._low = np.zeros(0, np.uint64), np.zeros(0, np.uint64)
         if write:
             self._lock = (folder / "lock").open("ab")
             try:
@@ -135,7 +137,7 @@ class _Part:
             raise StoreError(f"{file}: cannot be read ({error}): restore it, or make a new table") from error
 
     def _map(self, rows: int) -> None:
-        """Maps the first `rows` rows and sorts their keys."""
+        """Maps the first `rows` rows, and sorts the keys of those that are new by their first half."""
         maps: dict[str, np.ndarray] = {}
         for name, dtype in self._types.items():
             base, inner = (dtype.base, dtype.shape)
@@ -149,9 +151,13 @@ class _Part:
             shape = (rows, *inner)
             maps[name] = np.memmap(path, base, "r", offset, shape) if rows else np.zeros(shape, base)
         self.index, self.vectors = maps["index"], maps["vectors"]
-        high, low = _halves(np.ascontiguousarray(self.index["key"]))
-        self._order = np.lexsort((low, high))
-        self._high, self._low = high[self._order], low[self._order]
+        # New keys go between those that are sorted: sorting all again would make a long run's time quadratic.
+        first = len(self._order)
+        high, low = _halves(np.ascontiguousarray(self.index["key"][first:]))
+        order = np.argsort(high, kind="stable")
+        at = np.searchsorted(self._high, high[order], side="right")
+        self._order = np.insert(self._order, at, first + order)
+        self._high, self._low = np.insert(self._high, at, high[order]), np.insert(self._low, at, low[order])
 
     def find(self, keys: tuple[UInt64[np.ndarray, " n"], UInt64[np.ndarray, " n"]]) -> Int[np.ndarray, " n"]:
         """The row of each key, -1 where there is none."""

@@ -104,8 +104,9 @@ def run(config: BaheCost) -> results.Result:
         for length in config.lengths
         for name, (setting, lower) in CASES.items()
     }
+    counted = _growth_rows(config, model)
     programs = timing.compile_all({key: partial(lower_step, _texts(config, key[0]), own) for key, own in cases.items()})
-    rows = [_encoding(config, model), *_growth_rows(config, model)]
+    rows = [_encoding(config, model), *counted]
     speed = float(rows[0]["tokens_per_s"] or 0)
     for (length, name), own in cases.items():
         rows.append(_case(config, own, name, length, distinct[length], speed, programs[length, name]))
