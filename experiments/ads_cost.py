@@ -20,7 +20,7 @@ split by row, the batch by example; "speedup" is of examples a second, with 4,09
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,8 @@ class AdsCost:
       candidates: of a request. at_a_time: candidates that are read at a time.
       steps: of a measurement. repeats: measurements. requests: whose latency is taken.
       limit: seconds after which no other measurement begins; what is left out says so.
-      joined: results of other machines: nothing is measured, the first one gets the figures and rows of the others,
-        which say their device (measured_on), commit and command.
+      joined: results of other machines: nothing is measured, the first one gets the rows and figures of the others
+        (`results.join`).
       quick: sizes of a test.
       out: folder for result.json, written after every measurement, and report.html.
     """
@@ -137,7 +137,7 @@ def run(config: AdsCost) -> results.Result:
     if config.quick:
         config = AdsCost(**(vars(config) | QUICK))
     if config.joined:
-        return _finish(join(config.joined), config.out)
+        return _finish(results.join(config.joined, "ads_cost"), config.out)
     more = config.devices if "devices" in config.parts else 1
     if more > jax.local_device_count():
         raise ValueError(f"devices is {more}, there are {jax.local_device_count()}; give as many as there are")
@@ -148,21 +148,6 @@ def run(config: AdsCost) -> results.Result:
     for attention in config.attentions if set(config.parts) & {"step", "request"} else ():
         _measure_attention(config, sizes, attention, measured)
     return _finish(measured.write(), config.out)
-
-
-def join(paths: Sequence[Path]) -> results.Result:
-    """The first result with the rows and figures of the others. ValueError: one is of another experiment."""
-    first, *others = map(results.read, paths)
-    for path, other in zip(paths, (first, *others)):
-        if other.experiment != "ads_cost":
-            raise ValueError(f"{path} is a result of {other.experiment}; give results of ads_cost")
-    rows, found = list(first.rows), dict(first.figures)
-    for other in others:
-        kind = f"{other.device['count']} x {other.device['kind']}"
-        origin: Row = {"measured_on": kind, "commit": other.commit, "command": other.command}
-        rows += [row | origin for row in other.rows]
-        found |= other.figures
-    return replace(first, rows=tuple(rows), figures=found)
 
 
 def _finish(outcome: results.Result, out: Path) -> results.Result:

@@ -62,6 +62,9 @@ class BaheCost:
       remat: what the backward pass computes again: "none", "dots" or "full".
       texts: that are encoded at a time, for the throughput.
       steps: of a measurement. repeats: measurements, whose median counts.
+      only: cases (see `CASES`) that are measured, without counts of operations by size; none for all.
+      joined: results of other runs: nothing is measured, the first one gets the rows and figures of the others
+        (`results.join`).
       quick: sizes of a test.
       out: folder for result.json and report.html.
     """
@@ -76,6 +79,8 @@ class BaheCost:
     texts: int = 1_000_000
     steps: int = 10
     repeats: int = 5
+    only: tuple[str, ...] = ()
+    joined: tuple[Path, ...] = ()
     quick: bool = False
     out: Path = Path("runs/bahe_cost")
 
@@ -83,6 +88,8 @@ class BaheCost:
         for name in ("batch", "sequences", "tokens", "behaviors", "texts", "steps", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if unknown := sorted(set(self.only) - set(CASES)):
+            raise ValueError(f"only has {unknown}; give some of {list(CASES)}")
         if not self.lengths or min(self.lengths) < self.sequences * self.tokens:
             raise ValueError(f"lengths is {self.lengths}; give at least {self.sequences * self.tokens} tokens each")
         if not 0 <= self.distinct_per_sample < float("inf"):
@@ -96,6 +103,8 @@ def run(config: BaheCost) -> results.Result:
     """Measures, prints the table, writes the result and the report."""
     if config.quick:
         config = BaheCost(**(vars(config) | QUICK))
+    if config.joined:
+        return _finish(config, results.join(config.joined, "bahe_cost"))
     started = results.begin()
     model = bahe_jax.Config((TINY if config.quick else SMOLLM2).running(remat=config.remat), config.sequences)
     distinct = {length: _distinct(config, length) for length in config.lengths}
@@ -103,8 +112,9 @@ def run(config: BaheCost) -> results.Result:
         (length, name): replace(model, setting=setting, lower=lower, chunk=-(-distinct[length] // 256) * 256)
         for length in config.lengths
         for name, (setting, lower) in CASES.items()
+        if not config.only or name in config.only
     }
-    counted = _growth_rows(config, model)
+    counted = [] if config.only else _growth_rows(config, model)
     programs = timing.compile_all({key: partial(lower_step, _texts(config, key[0]), own) for key, own in cases.items()})
     rows = [_encoding(config, model), *counted]
     speed = float(rows[0]["tokens_per_s"] or 0)
@@ -115,8 +125,13 @@ def run(config: BaheCost) -> results.Result:
         found = summarize(rows, small=config.quick)
         outcome = results.record("bahe_cost", started=started, seeds=[0], rows=rows, figures=found)
         results.write(config.out / "result.json", outcome)
+    return _finish(config, outcome)
+
+
+def _finish(config: BaheCost, outcome: results.Result) -> results.Result:
+    results.write(config.out / "result.json", outcome)
     report.write(config.out / "report.html", page(config, outcome))
-    print(progress.table([row for row in rows if row["what"] != "complexity"]))
+    print(progress.table([row for row in outcome.rows if row["what"] != "complexity"]))
     print(f"report: {config.out / 'report.html'}   result: {config.out / 'result.json'}   {outcome.seconds:.0f} s")
     return outcome
 
@@ -204,6 +219,11 @@ def summarize(rows: list[Row], *, small: bool) -> dict[str, float]:
     return {f"small_{name}": value for name, value in kept.items()} if small else kept
 
 
+def name_of(row: Mapping[str, Any]) -> str:
+    """The case, and whether another run measured it (`results.join`)."""
+    return row["what"] + ", another run" * ("measured_on" in row)
+
+
 def page(config: BaheCost, outcome: results.Result) -> str:
     """The report."""
     steps = [row for row in outcome.rows if "ms" in row]
@@ -213,7 +233,7 @@ def page(config: BaheCost, outcome: results.Result) -> str:
         ("peak_gib", "Peak memory of a training step", "GiB"),
         ("forward_gflop", "Operations of a forward pass, counted", "GFLOP a batch"),
     ):
-        values = {f"{row['what']}, {row['length']} tokens": float(row[column] or 0) for row in steps}
+        values = {f"{name_of(row)}, {row['length']} tokens": float(row[column] or 0) for row in steps}
         shows = f"{config.batch} samples of {config.sequences} sequences, behaviours of {config.tokens} tokens."
         panels.append(report.Panel(title, figures.bars(values, title=title, x_label=label, digits=2), shows))
     panels += [_growth(outcome.rows, name) for name in dict.fromkeys(row.get("varied") for row in outcome.rows) if name]

@@ -210,7 +210,6 @@ def ads_cost(result: Result) -> str:
         ms = f"{step['ms']:.2f}" if step else ""
         lines.append([attention, f"{length:,}", model, ms, _more(step), _more(dense), memory, asked])
     heading = ["attention", "behaviours", "model", "whole step, ms", "more, %", "dense part, more %", "memory, more %"]
-    elsewhere = dict.fromkeys((x["measured_on"], x["command"], x["commit"]) for x in rows if "measured_on" in x)
     candidates = next((f" A request has {row['candidates']} candidates." for row in rows if "candidates" in row), "")
     # The figures are of the first length.
     place = next((f" at {line[1]} behaviours" for line in lines if line[0] == "MHA"), "")
@@ -236,7 +235,7 @@ def ads_cost(result: Result) -> str:
         prose(f"MHA{place}: {'; '.join(goals)}." if goals else ""),
         _missing(rows, ("what", "attention", "length", "model")),
         f"Command: {command(result, 'ads_cost')}.",
-        *(f"On {where}: `{typed}` (commit {str(commit)[:12]})." for where, typed, commit in elsewhere),
+        *_elsewhere(rows),
     )
 
 
@@ -302,17 +301,27 @@ def bahe_cost(result: Result) -> str:
     """Time and memory of a training step beside LLM-CTR's and the paper's; the speed of encoding."""
     f, rows = result.figures, [*result.rows]
     steps: list[Values] = [row for row in rows if "ms" in row]
-    base = {row["length"]: row for row in steps if row["what"] == "LLM-CTR"}
+    base = {(row["length"], row.get("command")): row for row in steps if row["what"] == "LLM-CTR"}
     lines = []
     for row in steps:
-        low, ratios = base.get(row["length"]), ["", ""]
+        low, ratios = base.get((row["length"], row.get("command"))), ["", ""]  # of the same run
         if low is not None and low is not row:
             published = PUBLISHED_COST.get(row["length"], {}).get(row["what"], (None, None))
             pairs = zip(("total_ms", "peak_gib"), published, strict=True)
             ratios = [_ratio(low[name] / row[name], goal) for name, goal in pairs]
         ms = f"{row['ms']:.1f} [{row['ms_low']:.1f}, {row['ms_high']:.1f}]"
         built = f"{row['table_ms']:.2f}" if row["table_ms"] else ""
-        lines.append([f"{row['length']:,}", row["what"], ms, built, ratios[0], f"{row['peak_gib']:.1f}", ratios[1]])
+        lines.append(
+            [
+                f"{row['length']:,}",
+                row["what"] + ", another run" * ("measured_on" in row),
+                ms,
+                built,
+                ratios[0],
+                f"{row['peak_gib']:.1f}",
+                ratios[1],
+            ]
+        )
     batch = " or ".join(dict.fromkeys(str(row["batch"]) for row in steps))
     encoding = ""
     if "encode_tokens_per_s" in f:
@@ -332,6 +341,7 @@ def bahe_cost(result: Result) -> str:
         prose(encoding),
         _missing(rows, ("what", "length")),
         f"Command: {command(result, 'bahe_cost')}.",
+        *_elsewhere(rows),
     )
 
 
@@ -374,6 +384,12 @@ def _figure(figures: Mapping[str, float], name: str, form: str) -> str:
 def _filled(lines: Iterable[list[str]]) -> list[list[str]]:
     """Lines that have more than their name."""
     return [line for line in lines if any(line[1:])]
+
+
+def _elsewhere(rows: Iterable[Values]) -> list[str]:
+    """The commands of rows that another run measured."""
+    runs = dict.fromkeys((row["measured_on"], row["command"], row["commit"]) for row in rows if "measured_on" in row)
+    return [f"On {where}: `{typed}` (commit {str(commit)[:12]})." for where, typed, commit in runs]
 
 
 def _missing(rows: Iterable[Values], names: Sequence[str]) -> str:

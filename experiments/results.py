@@ -168,6 +168,26 @@ def read(path: str | os.PathLike[str]) -> Result:
         raise ValueError(f"{path}: {error}") from None
 
 
+def join(paths: Sequence[str | os.PathLike[str]], experiment: str) -> Result:
+    """The first result with the rows of the others, which say their device (measured_on), commit and command, and the
+    figures of theirs that it lacks.
+
+    Raises:
+      ValueError: a file holds no result, or one of another experiment.
+    """
+    first, *others = map(read, paths)
+    for path, other in zip(paths, (first, *others), strict=True):
+        if other.experiment != experiment:
+            raise ValueError(f"{path} is a result of {other.experiment}; give results of {experiment}")
+    rows, found = list(first.rows), dict(first.figures)
+    for other in others:
+        kind = f"{other.device['count']} x {other.device['kind']}"
+        origin: Row = {"measured_on": kind, "commit": other.commit, "command": other.command}
+        rows += [dict(row) | origin for row in other.rows]
+        found = dict(other.figures) | found
+    return dataclasses.replace(first, rows=tuple(rows), figures=found)
+
+
 def compare(a: Result | str | os.PathLike[str], b: Result | str | os.PathLike[str]) -> list[Row]:
     """The figures of two results side by side: rows {figure, a, b, difference, ratio} for `progress.table`.
 

@@ -164,6 +164,7 @@ def test_keys_that_share_their_first_half_are_told_apart(tmp_path):
     with array(tmp_path) as table:
         keys = {text: bytes(8) + bytes([0, n] * 4) for n, text in enumerate(TEXTS)}
         table.key = keys.__getitem__
+        table.write(TEXTS[3:], LENGTHS[3:], vectors(4)[3:])  # some are there, and the next go between them
         table.write(TEXTS, LENGTHS, vectors(4))
         np.testing.assert_array_equal(table.rows(TEXTS)[0], vectors(4))
         keys["new"] = bytes(8) + b"\xff" * 8

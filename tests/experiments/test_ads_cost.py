@@ -128,7 +128,7 @@ def test_what_two_machines_measured_is_one_result(tmp_path):
     other = tmp_path / "c.json"
     results.write(other, replace(made, experiment="dcaf"))
     with pytest.raises(ValueError, match="is a result of dcaf"):
-        ads_cost.join([paths[0], other])
+        results.join([paths[0], other], "ads_cost")
 
 
 def test_after_the_limit_nothing_is_begun(tmp_path, monkeypatch):

@@ -4,9 +4,11 @@ import pytest
 
 import bahe_jax
 from bahe_jax import language_model
-from experiments import bahe_cost, results
+from experiments import bahe_cost, readme_sections, results
 from experiments.bahe_cost import BaheCost
 from experiments.steps import bahe_counts
+from experiments.steps.bahe_train import Measured
+from experiments.steps.timing import Program
 from rec_core.transformer import TransformerConfig
 
 
@@ -38,6 +40,31 @@ def test_figures_have_the_names_that_are_quoted():
     assert found["speedup_1024"] == found["memory_ratio_2048"] == 0.25 and found["speedup_1024_through"] == 1 / 6
     assert {"speedup_2048", "speedup_2048_fp", "speedup_2048_abe_through", "encode_mfu"} <= set(found)
     assert "speedup_2048_through" not in found
+
+
+def test_a_case_that_was_cut_off_is_measured_alone_and_joined(tmp_path, monkeypatch):
+    taken = iter(range(40, 0, -10))  # milliseconds
+    monkeypatch.setitem(bahe_cost.QUICK, "lengths", (32,))
+    monkeypatch.setattr(bahe_cost, "encoding_speed", lambda *_, **__: 1e6)
+    monkeypatch.setattr(bahe_cost.timing, "compile_all", lambda lower: {key: Program(call=key) for key in lower})
+    monkeypatch.setattr(bahe_cost, "measure", lambda *_, **__: Measured(ms := next(taken), ms, ms, ms))
+    paths = []
+    for name, only in (("a", ("LLM-CTR", "+ FP")), ("b", ("LLM-CTR", "+ BA"))):
+        bahe_cost.run(BaheCost(quick=True, only=only, out=tmp_path / name))
+        paths.append(tmp_path / name / "result.json")
+    first, second = map(results.read, paths)
+    assert [row["what"] for row in second.rows] == ["encoding", "LLM-CTR", "+ BA"]
+    outcome = bahe_cost.run(BaheCost(joined=tuple(paths), out=tmp_path))
+    assert outcome.figures == dict(second.figures) | dict(first.figures)  # ratios in one run
+    assert {"small_speedup_32_fp", "small_speedup_32"} <= set(outcome.figures)
+    assert [bahe_cost.name_of(row) for row in outcome.rows[-2:]] == ["LLM-CTR, another run", "+ BA, another run"]
+    assert "+ BA, another run, 32 tokens" in (tmp_path / "report.html").read_text()
+    ours, text = outcome.rows[-1], readme_sections.bahe_cost(outcome)
+    assert (
+        f"| + BA, another run | {ours['ms']:.1f} [" in text and f"| {outcome.figures['small_speedup_32']:.2f} |" in text
+    )
+    with pytest.raises(ValueError, match="only has"):
+        BaheCost(only=("+ BAHE",))
 
 
 def test_operations_grow_as_counted():
