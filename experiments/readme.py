@@ -1,13 +1,13 @@
-"""The measured part of README.md, written from the results themselves: no number there is typed by hand.
+"""RESULTS.md, and the table of README.md between the two `figures` marks, written from the results themselves.
 
-python -m experiments readme      # rewrites what stands between the two `figures` marks
+python -m experiments readme      # no number there is typed by hand
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import readme_sections, results
+from experiments import readme_sections, readme_summary, results
 from experiments.readme_sections import (
     PAIRED,
     Values,
@@ -37,12 +37,20 @@ NAMES = {
 
 
 def section(folder: Path = RESULTS) -> str:
-    """The marked part, marks included, from the result files in `folder`; a part appears when its file is there."""
-    parts = [_lum(folder)]
-    for name, write in PARTS.items():
-        if (folder / f"{name}.json").exists():
-            parts.append(write(results.read(folder / f"{name}.json")))
-    return joined(BEGIN, *parts, END)
+    """README's marked part, marks included, from the result files in `folder`."""
+    return joined(BEGIN, readme_summary.summary(folder), END)
+
+
+def everything(folder: Path = RESULTS) -> str:
+    """RESULTS.md; a part appears when its file is there."""
+    parts = []
+    for title, names in SYSTEMS.items():
+        own = [_lum(folder)] if title == "LUM" else []
+        for name in names:
+            if (folder / f"{name}.json").exists():
+                own.append(PARTS[name](results.read(folder / f"{name}.json")))
+        parts += [f"## {title}", *own] if own else []
+    return joined("# What was measured", prose(LEAD), *parts) + "\n"
 
 
 def _lum(folder: Path) -> str:
@@ -71,7 +79,7 @@ def _lum(folder: Path) -> str:
         "",
         *laws,
         "",
-        "An interval that contains zero (0) shows nothing. Commands, results in `experiments/results/`:",
+        "Commands:",
         "",
         *commands,
     ]
@@ -291,10 +299,23 @@ PARTS: dict[str, Callable[[Result], str]] = {
     "bahe_encode": readme_sections.bahe_encode,
     "attention_h100": _attention,
 }
+SYSTEMS = {
+    "LUM": (),
+    "SIM": ("sim_lifelong", "sim_serving"),
+    "DCAF": ("dcaf",),
+    "ADS": ("ads_multidomain", "ads_chunks", "ads_cost"),
+    "BAHE": ("bahe_text", "bahe_cost", "bahe_encode"),
+    "Range attention": ("attention_h100",),
+}
+LEAD = (
+    "Written from the files in `results/` by `python -m experiments readme`. Each part names its command, commit, "
+    "device and seeds. (0): the interval contains zero. (lost): the interval of a gain lies below zero."
+)
 
 
-def update(path: Path = ROOT / "README.md") -> None:
-    """Puts the section in place of the one that is there."""
-    text = path.read_text()
+def update(root: Path = ROOT) -> None:
+    """Writes RESULTS.md, and puts README's section in place of the one that is there."""
+    results.write_atomically(root / "experiments" / "RESULTS.md", everything())
+    text = (root / "README.md").read_text()
     before, rest = text.split(BEGIN, 1)
-    results.write_atomically(path, before + section() + rest.split(END, 1)[1])
+    results.write_atomically(root / "README.md", before + section() + rest.split(END, 1)[1])

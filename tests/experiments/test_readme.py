@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from experiments import (
     bahe_text,
     bahe_text_models,
     readme,
+    readme_summary,
     results,
     sim_lifelong,
     statistics,
@@ -27,8 +29,40 @@ ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
 
 
-def test_the_measured_part_is_made_from_the_results():
+def test_the_measured_parts_are_made_from_the_results():
     assert readme.section() in (ROOT / "README.md").read_text(), "run `python -m experiments readme`"
+    assert readme.everything() == (ROOT / "experiments" / "RESULTS.md").read_text(), (
+        "run `python -m experiments readme`"
+    )
+
+
+def test_every_claim_of_the_summary_was_measured():
+    missing = [claim.what for claim in readme_summary.CLAIMS if claim.line(results.read(path_of(claim))) is None]
+    assert not missing
+    lines = readme.section().split("\n\n")[1].split("\n")
+    assert len(lines) == 2 + len(readme_summary.CLAIMS) + 1  # and range attention's
+
+
+def path_of(claim):
+    return ROOT / "experiments" / "results" / f"{claim.file}.json"
+
+
+def test_a_claim_says_what_was_measured_where(tmp_path):
+    rows = [{"data": "world", "difference": "a - b", "mean": -0.02, "low": -0.03, "high": -0.01}]
+    rows.append({"what": "devices", "measured_on": "2 x H"})
+    found = {"faster": 1.25, "gain": 3.0, "gain_low": -1.0, "gain_high": 7.0}
+    result = written(tmp_path, "ads_cost", rows, found)
+    claim = partial(readme_summary.Claim, "ADS", "ads_cost", "what")
+    on, file = "1 x NVIDIA H100 80GB HBM3, 3 seeds", "`ads_cost.json`"
+    reached = {"form": ".1f", "goal": "1.3", "reached": lambda x: x >= 1.3}
+    assert claim("faster", **reached, part="devices").line(result) == [
+        "ADS", "what", "1.2", "1.3: missed", "2 x H, 3 seeds", file,
+    ]  # fmt: skip
+    assert claim("gain", form="+.1f").line(result) == ["ADS", "what", "+3.0 [-1.0, +7.0] (0)", "", on, file]
+    assert claim(("world", "a - b"), goal="published +1").line(result) == [
+        "ADS", "what", "-0.0200 [-0.0300, -0.0100] (lost)", "published +1", on, file,
+    ]  # fmt: skip
+    assert claim(("ml-1m", "a - b")).line(result) is None and claim("slower").line(result) is None
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -300,12 +334,15 @@ def test_parts_appear_with_their_files_and_in_order(tmp_path):
     for path in RESULTS:
         if path.stem.startswith("quickstart"):
             shutil.copy(path, tmp_path)
-    before = readme.section(tmp_path)
+    before = readme.everything(tmp_path)
     for name, make in MADE.items():
         assert f"`{name}.json`" not in before
         written(tmp_path, name, *make())
-    after = readme.section(tmp_path)
+    after = readme.everything(tmp_path)
+    assert [name for names in readme.SYSTEMS.values() for name in names] == list(readme.PARTS)
     places = [after.index(f"`{name}.json`") for name in readme.PARTS if name in MADE]
     assert places == sorted(places)
-    assert after.startswith(before.removesuffix(readme.END)) and after.endswith(f"\n\n{readme.END}")
-    assert "\n\n\n" not in after
+    assert after.startswith(before) and "\n\n\n" not in after and after.endswith("\n")
+    assert {row.split("|")[1].strip() for row in readme.section(tmp_path).split("\n") if row.startswith("| ")} == {
+        "system", "---", "LUM", "SIM", "ADS", "BAHE", "attention",
+    }  # fmt: skip
