@@ -9,22 +9,30 @@ Here the matrices are moved to where there is less of what they act on:
     sum_t a_t V_t = W_V sum_t a_t E_t         values are made of what the heads have read
 """
 
-from typing import NamedTuple
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from rec_core.interest import multi_head_gpu
 from rec_core.interest.base import Interest, check_positive, masked_softmax
 
 
-class Mapped(NamedTuple):
-    """Behaviours, zeros at padding, and a linear map of them, `E_t weight + bias`, that is not applied yet."""
+@struct.dataclass
+class Mapped:
+    """Behaviours, and a linear map of them, `E_t weight + bias`, that is not applied yet.
+
+    Attributes:
+      sequence: zeros at padding, in the dtype of the computation; or, for kernels, which read the mask, `as_given`.
+    """
 
     sequence: Float[Array, "B T d"]
     mask: Bool[Array, "B T"]
     linear: tuple[Float[Array, "B d d"], Float[Array, "B d"]] | None = None
+    as_given: bool = struct.field(pytree_node=False, default=False)
 
 
 class Kernel(nn.Module):
@@ -69,8 +77,9 @@ class MultiHead(Interest):
         *,
         time: Float[Array, "B T"] | None = None,
     ) -> Mapped:
-        sequence, mask = super().encode(sequence, mask)
-        return Mapped(sequence, mask)
+        if multi_head_gpu.runs(self.dtype, sequence.shape, self.heads):
+            return Mapped(sequence, mask.astype(bool), as_given=True)
+        return Mapped(*super().encode(sequence, mask))
 
     def encode_mapped(
         self,
@@ -83,7 +92,7 @@ class MultiHead(Interest):
     ) -> Mapped:
         """`encode` of the behaviours `sequence weight + bias`, without making them."""
         linear = (weight.astype(self.dtype), bias.astype(self.dtype))
-        return self.encode(sequence, mask)._replace(linear=linear)
+        return replace(self.encode(sequence, mask), linear=linear)
 
     def read(self, encoded: Mapped, target: Float[Array, "B d"] | Float[Array, "B G d"]) -> Float[Array, "B d_out"]:
         queries = (target[:, None] if target.ndim == 2 else target).astype(self.dtype)
@@ -102,14 +111,21 @@ class MultiHead(Interest):
 
     def attend(self, encoded: Mapped, queries: Float[Array, "B G heads d_K"]) -> Float[Array, "B heads*width"]:
         """The interest in targets of which `project` made queries, each of T / G neighbouring behaviours."""
-        sequence, mask, linear = encoded
-        size, length, d = sequence.shape
-        if self._asks_behaviors(encoded, queries.shape[1]):
+        size, length, d = encoded.sequence.shape
+        groups, mask, linear = queries.shape[1], encoded.mask, encoded.linear
+        if groups < 1 or length % groups:
+            raise ValueError(f"MultiHead: {groups} queries for {length} behaviours; give a number that divides these")
+        if encoded.as_given:
+            if self._asks_behaviors(encoded, groups):
+                value = self.value(d).astype(self.dtype)
+                return multi_head_gpu.attend(encoded.sequence, mask, linear, queries, value)
+            encoded = replace(encoded, sequence=super().encode(encoded.sequence, mask).sequence, as_given=False)
+        if self._asks_behaviors(encoded, groups):
             score = self._score_behaviors(encoded, queries)
         else:
             score = self._score_keys(encoded, queries)
         weight = masked_softmax(score.swapaxes(1, 2).reshape(size, self.heads, length), mask[:, None])
-        heads = rows_times(weight.astype(self.dtype), sequence)
+        heads = rows_times(weight.astype(self.dtype), encoded.sequence)
         if linear is not None:
             # The weights' sum is 0 without any behaviour, else 1.
             heads = rows_times(heads.astype(self.dtype), linear[0]) + weight.sum(-1)[..., None] * linear[1][:, None]
@@ -124,7 +140,7 @@ class MultiHead(Interest):
         return 2 * groups * d <= length * self.width
 
     def _score_behaviors(self, encoded: Mapped, queries: Float[Array, "B G heads d"]) -> Float[Array, "B G heads T/G"]:
-        sequence, _, linear = encoded
+        sequence, linear = encoded.sequence, encoded.linear
         groups, of_bias = queries.shape[1], None
         if linear is not None:
             weight, bias = linear
@@ -135,7 +151,7 @@ class MultiHead(Interest):
         return score if of_bias is None else score + of_bias[..., None]
 
     def _score_keys(self, encoded: Mapped, queries: Float[Array, "B G heads width"]) -> Float[Array, "B G heads T/G"]:
-        sequence, _, linear = encoded
+        sequence, linear = encoded.sequence, encoded.linear
         size, groups = queries.shape[:2]
         key = self.key(sequence.shape[-1]).astype(self.dtype)
         if linear is None:

@@ -1,0 +1,322 @@
+"""`MultiHead.attend` on a GPU in one pass over the behaviours forward and one backward (Pallas, lowered by Triton).
+
+A program reads one example. Its behaviours come in blocks of `block` rows: whole groups where they fit, else parts of
+one. A block's queries are rows q = (slot of the group in the block, head), at least 16 of them, and a query counts only
+at the behaviours of its own group. Each row has an online softmax of its own over the blocks (Milakov and Gimelshein,
+arXiv 1805.02867), and at the end rows of the same head are merged. Kept for the backward pass are the heads' weighted
+sums of behaviours and the logarithm of the softmax's denominator; weights are made again (FlashAttention-2, arXiv
+2307.08691, section 3.1.2). With E the behaviours, W and b the linear map, Q a query, all of one head:
+
+    s_t = E_t . W Q + b . Q,   a = softmax(s),   r = sum_t a_t E_t,   u = W^T r + b sum_t a_t
+    dr = W du,   ds_t = a_t (E_t . dr - r . dr),   dE_t = a_t dr + ds_t W Q,   d(WQ) = sum_t ds_t E_t
+    dQ = W^T d(WQ) + b sum_t ds_t,   dW = d(WQ) Q^T + r du^T,   db = Q sum_t ds_t + du sum_t a_t
+
+The reference is what `MultiHead.attend` does elsewhere; tests/rec_core/interest/test_multi_head_gpu.py compares the
+two. On an H100 a forward and a backward pass take half to two thirds of its time: NOTES.md has times and tuning.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float
+
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # JAX 0.11 announces that it will be gone
+    triton = None  # type: ignore[assignment]
+
+CAPABILITY = 8.0  # from which on tensor cores take bfloat16
+EXAMPLES = 512  # below, programs are too few to fill a device: not timed, and not taken
+WIDEST = 64  # of behaviours: above, a linear map and its gradient leave a program no registers; not timed
+QUERIES = 64  # rows of queries in a block at most, as registers are limited
+LOW = float(jnp.finfo(jnp.float32).min)
+Linear = tuple[Float[Array, "B d d"], Float[Array, "B d"]]
+
+
+class Tuning(NamedTuple):
+    """Behaviours in a block, a power of 2 from 16, warps, and stages of software pipelining; NOTES.md has the times."""
+
+    block: int = 64
+    warps: int = 4
+    stages: int = 1
+    interpret: bool = False
+
+
+DEFAULT = Tuning()
+
+
+class Blocks(NamedTuple):
+    """How T behaviours in groups are cut: `steps` blocks of `groups` whole groups, each of `parts` pieces of `rows`."""
+
+    length: int
+    size: int  # behaviours of a group
+    heads: int
+    groups: int
+    rows: int
+
+    @property
+    def steps(self) -> int:
+        return -(-self.length // (self.size * self.groups))
+
+    @property
+    def parts(self) -> int:
+        return -(-self.size * self.groups // self.rows)
+
+    @property
+    def queries(self) -> int:
+        return max(16, pl.next_power_of_2(self.groups * self.heads))
+
+
+def runs(dtype: str, shape: tuple[int, ...], heads: int) -> bool:
+    """Whether this process's device, and JAX, run these kernels, for a computation's dtype and a sequence's shape."""
+    if triton is None or jax.default_backend() != "gpu" or dtype != "bfloat16" or len(shape) != 3:
+        return False
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    if not capability.replace(".", "").isdigit() or float(capability) < CAPABILITY:
+        return False
+    size, length, d = shape
+    powers = all(x == pl.next_power_of_2(x) for x in (d, heads))  # tiles have such sides
+    fits = powers and 16 <= d <= WIDEST and 1 <= heads <= 16
+    return fits and size >= EXAMPLES and length > 0 and math.prod(shape) < 2**31  # offsets are of 32 bits
+
+
+def attend(
+    sequence: Float[Array, "B T d"],
+    mask: Bool[Array, "B T"],
+    linear: Linear | None,
+    queries: Float[Array, "B G heads d"],
+    value: Float[Array, "d heads width"],
+    tuning: Tuning | None = None,
+) -> Float[Array, "B heads*width"]:
+    """The interest; the computation has the dtype of `value`. What stands in the sequence at padding is not read.
+
+    Args:
+      sequence, mask: behaviours in any floating dtype, and which are no padding.
+      linear: a map of the behaviours, `E_t weight + bias`, in the dtype of `value`.
+      queries: of the width of the behaviours, each of T / G neighbouring ones; G divides T.
+      value: the matrix of the values. tuning: default `DEFAULT`.
+    """
+    read = partial(_read, DEFAULT if tuning is None else tuning)
+    heads = _on_each_device(read, sequence, mask, linear, queries.astype(value.dtype))
+    return jnp.einsum("bhd,dhw->bhw", heads, value).reshape(len(heads), -1)
+
+
+def _on_each_device(function: Callable[..., Array], *arrays: Any) -> Array:
+    """`function` for the examples of each device of the mesh that is set: the compiler cannot split a kernel.
+
+    Where axis "data" does not divide the examples, every device does the work of all.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto}
+    if all(mesh.shape[name] == 1 for name in axes):
+        return function(*_vary_alike(arrays))
+    spec = P("data") if "data" in axes and len(arrays[0]) % mesh.shape["data"] == 0 else P()
+    out: Array = jax.shard_map(function, axis_names=axes, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+    return out
+
+
+def _vary_alike(arrays: Any) -> Any:
+    """Inside shard_map all arrays of a kernel's call vary over the same axes."""
+    axes = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
+
+    def vary(x: Array) -> Array:
+        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, arrays)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _read(tuning: Tuning, sequence: Array, mask: Array, linear: Linear | None, queries: Array) -> Array:
+    return _forward(tuning, sequence, mask, linear, queries)[0]
+
+
+def _forward(tuning: Tuning, sequence: Array, mask: Array, linear: Linear | None, queries: Array) -> tuple[Array, Any]:
+    blocks, rows = _blocks(tuning, sequence, queries), queries.reshape(len(queries), -1, queries.shape[-1])
+    size, (heads, d) = len(queries), queries.shape[2:]
+    summed = [((size, heads, d), queries.dtype), ((size, heads, d), jnp.float32), ((size, heads), jnp.float32)]
+    made = _call(_forward_kernel, blocks, tuning, (sequence, mask, rows, *(linear or ())), summed)
+    return made[0], (sequence, mask, linear, queries, *made[1:])
+
+
+def _backward(tuning: Tuning, saved: Any, gradient: Array) -> tuple[Array, None, Linear | None, Array]:
+    sequence, mask, linear, queries, read, lse = saved
+    blocks, rows = _blocks(tuning, sequence, queries), queries.reshape(len(queries), -1, queries.shape[-1])
+    given = (sequence, mask, rows, gradient.astype(queries.dtype), read, lse, *(linear or ()))
+    made = [(x.shape, x.dtype) for x in (sequence, rows, *(linear or ()))]
+    of_sequence, of_rows, *of_linear = _call(_backward_kernel, blocks, tuning, given, made)
+    return of_sequence, None, (of_linear[0], of_linear[1]) if linear else None, of_rows.reshape(queries.shape)
+
+
+_read.defvjp(_forward, _backward)
+
+
+def _blocks(tuning: Tuning, sequence: Array, queries: Array) -> Blocks:
+    length, groups, heads = sequence.shape[1], *queries.shape[1:3]
+    size = length // groups
+    return Blocks(length, size, heads, min(max(tuning.block // size, 1), groups, QUERIES // heads), tuning.block)
+
+
+def _call(kernel: Callable[..., None], blocks: Blocks, tuning: Tuning, given: Any, made: Any) -> list[Array]:
+    def one(shape: tuple[int, ...]) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *shape[1:]), lambda i: (i, *[0] * (len(shape) - 1)))
+
+    if not tuning.interpret:
+        # Said at every compilation, to users who can do nothing about it; `runs` is ready for the release without it.
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+    varying = jax.typeof(given[0]).manual_axis_type  # as that of all of them
+    out: list[Array] = pl.pallas_call(
+        partial(kernel, blocks),
+        grid=(len(given[0]),),
+        in_specs=[one(x.shape) for x in given],
+        out_specs=[one(shape) for shape, _ in made],
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying) for shape, dtype in made],
+        compiler_params=triton.CompilerParams(num_warps=tuning.warps, num_stages=tuning.stages),
+        interpret=tuning.interpret,
+    )(*given)
+    return out
+
+
+def _forward_kernel(blocks: Blocks, sequence: Any, mask: Any, queries: Any, *refs: Any) -> None:
+    (read, kept, lse), (weight, bias) = refs[-3:], _load_linear(refs[:-3])
+    d, dtype = sequence.shape[-1], queries.dtype
+
+    def step(i: Array, state: Any) -> Any:
+        query = _load_queries(blocks, queries, i)
+        asked, shift = _map(query, weight, bias)
+
+        def part(j: Any, state: Any) -> Any:
+            high, total, summed = state
+            _, rows, own = _load_rows(blocks, sequence, mask, i, j, dtype)
+            score = jnp.where(own, _dot(rows, asked, 1, 1) + shift, LOW)
+            top = jnp.maximum(high, score.max(0))
+            weights = jnp.where(own, jnp.exp(score - top[None]), 0)
+            less = jnp.exp(high - top)
+            summed = less[:, None] * summed + _dot(weights.astype(dtype), rows, 0, 0)
+            return top, less * total + weights.sum(0), summed
+
+        return _loop(blocks.parts, part, state)
+
+    size = blocks.queries
+    state = jnp.full(size, LOW, jnp.float32), jnp.zeros(size, jnp.float32), jnp.zeros((size, d), jnp.float32)
+    high, total, summed = _loop(blocks.steps, step, state)
+    top = _over_slots(blocks, high, jnp.max)
+    less = jnp.exp(high - top)
+    total = _over_slots(blocks, less * total, jnp.sum)
+    summed = _over_slots(blocks, less[:, None] * summed, jnp.sum) / jnp.where(total > 0, total, 1)[:, None]
+    row = jnp.arange(size)
+    first = row < blocks.heads
+    triton.store(_rows(kept, row), summed, mask=first[:, None])
+    # Without any behaviour infinite, so that weights made from it are 0, and by that it is known.
+    triton.store(lse.at[row], jnp.where(total > 0, top + jnp.log(total), jnp.inf), mask=first)
+    if weight is not None:
+        summed = _dot(summed.astype(dtype), weight, 1, 0) + jnp.where(total > 0, 1.0, 0.0)[:, None] * bias[None]
+    triton.store(_rows(read, row), summed.astype(dtype), mask=first[:, None])
+
+
+def _backward_kernel(
+    blocks: Blocks, sequence: Any, mask: Any, queries: Any, gradient: Any, kept: Any, lse: Any, *refs: Any
+) -> None:
+    weight, bias = _load_linear(refs[: (len(refs) - 2) // 2])
+    of_sequence, of_queries, *of_linear = refs[(len(refs) - 2) // 2 :]
+    d, dtype, size = sequence.shape[-1], queries.dtype, blocks.queries
+    row = jnp.arange(size)
+    head = jax.lax.rem(row, blocks.heads)  # each slot reads those of its head
+    of_read, kept, lse = gradient[head], kept[head], lse[head]
+    of_kept = of_read if weight is None else _dot(of_read, weight, 1, 1).astype(dtype)
+    level = (of_kept * kept).sum(1)
+
+    def step(i: Array, of_linear: Any) -> Any:
+        query = _load_queries(blocks, queries, i)
+        asked, shift = _map(query, weight, bias)
+
+        def part(j: Any, state: Any) -> Any:
+            of_asked, of_shift = state
+            (place, inside), rows, own = _load_rows(blocks, sequence, mask, i, j, dtype)
+            weights = jnp.where(own, jnp.exp(_dot(rows, asked, 1, 1) + shift - lse[None]), 0)
+            of_score = weights * (_dot(rows, of_kept, 1, 1) - level[None])
+            of_rows = _dot(weights.astype(dtype), of_kept, 1, 0) + _dot(of_score.astype(dtype), asked, 1, 0)
+            triton.store(_rows(of_sequence, place), of_rows.astype(of_sequence.dtype), mask=inside)
+            return of_asked + _dot(of_score.astype(dtype), rows, 0, 0), of_shift + of_score.sum(0)
+
+        state = jnp.zeros((size, d), jnp.float32), jnp.zeros(size, jnp.float32)
+        of_asked, of_shift = _loop(blocks.parts, part, state)
+        of_query = of_asked
+        if weight is not None:
+            of_asked, of_shift = of_asked.astype(dtype), of_shift[:, None]
+            of_query = _dot(of_asked, weight, 1, 0) + of_shift * bias[None]
+            of_linear = of_linear[0] + _dot(of_asked, query, 0, 0), of_linear[1] + (of_shift * query).sum(0)
+        at, there = _queries_at(blocks, queries, i)
+        triton.store(_rows(of_queries, at), of_query.astype(dtype), mask=there)
+        return of_linear
+
+    if weight is None:
+        _loop(blocks.steps, step, ())
+        return
+    first = (row < blocks.heads) & (lse < jnp.inf)
+    of_weight = _dot(jnp.where(first[:, None], kept, 0).astype(dtype), of_read, 0, 0)
+    of_bias = jnp.where(first[:, None], of_read.astype(jnp.float32), 0).sum(0)
+    for ref, x in zip(of_linear, _loop(blocks.steps, step, (of_weight, of_bias)), strict=True):
+        ref[...] = x.astype(ref.dtype)
+
+
+def _load_linear(refs: Any) -> tuple[Any, Any]:
+    return (refs[0][...], refs[1][...].astype(jnp.float32)) if refs else (None, None)
+
+
+def _rows(ref: Any, row: Any) -> Any:
+    """These rows, which with a mask may lie beyond the array, as a slice may not (JAX 0.12)."""
+    return ref.at[row[:, None], jnp.arange(ref.shape[1])[None]]
+
+
+def _queries_at(blocks: Blocks, queries: Any, i: Any) -> tuple[Any, Any]:
+    row = jnp.arange(blocks.queries)
+    at = i * (blocks.groups * blocks.heads) + row
+    return at, ((row < blocks.groups * blocks.heads) & (at < queries.shape[0]))[:, None]
+
+
+def _load_queries(blocks: Blocks, queries: Any, i: Any) -> Any:
+    at, there = _queries_at(blocks, queries, i)
+    return triton.load(_rows(queries, at), mask=there, other=0)
+
+
+def _map(query: Any, weight: Any, bias: Any) -> tuple[Any, Any]:
+    """Queries in the space of the behaviours, and what they add to the score at all of their behaviours."""
+    if weight is None:
+        return query, jnp.zeros((1, query.shape[0]), jnp.float32)
+    return _dot(query, weight, 1, 1).astype(query.dtype), (query * bias[None]).sum(1)[None]
+
+
+def _load_rows(blocks: Blocks, sequence: Any, mask: Any, i: Any, j: Any, dtype: Any) -> tuple[Any, Any, Any]:
+    """Where behaviours are, themselves, zeros at padding, and which queries ask each: [rows, queries]."""
+    within = j * blocks.rows + jnp.arange(blocks.rows)  # the step's groups
+    place = i * (blocks.groups * blocks.size) + within
+    inside = (within < blocks.groups * blocks.size) & (place < blocks.length)
+    there = triton.load(mask.at[place], mask=inside, other=False)
+    rows = triton.load(_rows(sequence, place), mask=there[:, None], other=0).astype(dtype)
+    slot = jax.lax.div(jnp.arange(blocks.queries), blocks.heads)
+    own = there[:, None] & (jax.lax.div(within, blocks.size)[:, None] == slot[None])
+    return (place, inside[:, None]), rows, own
+
+
+def _over_slots(blocks: Blocks, x: Any, reduce: Callable[..., Any]) -> Any:
+    split = x.reshape(-1, blocks.heads, *x.shape[1:])
+    return jnp.broadcast_to(reduce(split, axis=0, keepdims=True), split.shape).reshape(x.shape)
+
+
+def _loop(count: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
+    return body(0, state) if count == 1 else jax.lax.fori_loop(0, count, body, state)
+
+
+def _dot(a: Any, b: Any, of_a: int, of_b: int) -> Any:
+    """The product over these axes, float32; of float32 not of rounded operands."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(a, b, (((of_a,), (of_b,)), ((), ())), precision, preferred_element_type=jnp.float32)
