@@ -178,6 +178,7 @@ def summarize(outcomes: Mapping[str, Outcome]) -> dict[str, float]:
     found: dict[str, float] = {}
     for data, outcome in outcomes.items():
         test, own = outcome.test, "amazon_" if data == "amazon" else ""
+        found[f"{own}train_samples"] = len(outcome.texts.train)
         found[f"{own}popularity_auc"] = metrics.auc(test["label"], test["popularity"])
         for point in outcome.points:
             key = point.figure.split("_auc")[0]

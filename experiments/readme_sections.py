@@ -239,8 +239,8 @@ def ads_cost(result: Result) -> str:
     )
 
 
-def bahe_text(result: Result) -> str:
-    """AUC of the settings by length, of rankers with their answers, and what was varied."""
+def bahe_text(result: Result, name: str = "bahe_text") -> str:
+    """AUC of the settings by length, of rankers with their answers, and what was varied; `name` is the file's."""
     f, rows = result.figures, result.rows
     gains: dict[Any, Values] = {(row["data"], row["difference"]): row for row in rows if "difference" in row}
     auc, less, later = [], [], []
@@ -269,11 +269,12 @@ def bahe_text(result: Result) -> str:
         auc += [[f"published, {what}", *values] for what, values in PUBLISHED_AUC.items()]
     popular = (("ml1m", "popularity_auc"), ("amazon", "amazon_popularity_auc"))
     levels = [f"{data_name(data)} {f[name]:.4f}" for data, name in popular if name in f]
+    learned = f" on {f['train_samples']:,.0f} samples" if "train_samples" in f else ""
     heading = ["LLM-CTR - DNN", "+ FP - LLM-CTR", "+ ABE - LLM-CTR", "+ BA - LLM-CTR", "+ BA - DNN"]
     return joined(
         prose(
-            f"BAHE's settings on real texts, the same part of one language model trained in each ({device(result)} "
-            "seeds). AUC_d is of a DNN that learns from later samples, with a setting's answers. Published figures are "
+            f"BAHE's settings on real texts, the same part of one language model trained in each{learned} "
+            f"({device(result)} seeds). AUC_d is of a DNN that learns from later samples, with a setting's answers. Published figures are "
             f"of other data. AUC{' (popularity alone: ' * bool(levels)}{', '.join(levels)}{')' * bool(levels)}:"
         ),
         table(["", *SETTINGS.values()], auc),
@@ -281,7 +282,7 @@ def bahe_text(result: Result) -> str:
         table(["AUC", *heading], less),
         table(["AUC_d with the answers of", *list(SETTINGS.values())[1:]], later),
         _variations(gains, result),
-        f"Command: {command(result, 'bahe_text')}.",
+        f"Command: {command(result, name)}.",
     )
 
 

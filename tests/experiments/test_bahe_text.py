@@ -181,7 +181,14 @@ def test_the_report_of_a_whole_plan(tmp_path):
                 outcome.runs.setdefault(point.name, {})[seed] = Run({"seconds": 2.0, **more}, np.ones(50), logits)
     found = bahe_text.summarize(outcomes)
     keys = [key for key, _ in FAMILY.values()]
-    wanted = {"popularity_auc", "dnn_auc", "dnn_auc_d", "dnn_both_auc_d", *(f"{key}_auc_d" for key in keys)}
+    wanted = {
+        "train_samples",
+        "popularity_auc",
+        "dnn_auc",
+        "dnn_auc_d",
+        "dnn_both_auc_d",
+        *(f"{key}_auc_d" for key in keys),
+    }
     varied = ("bahe_auc_1024_random", "bahe_auc_1024_last", "bahe_auc_1024_split_quarter", "llm_ctr_auc_1024_random")
     ml1m = wanted | {f"{key}_auc_{length}" for key in keys for length in (256, 512, 1024, 2048)} | set(varied)
     ml1m |= {"bahe_auc_1024_split_three_quarters", "llm_ctr_auc_1024_last"}
@@ -236,7 +243,8 @@ def test_the_command_in_small(tmp_path, monkeypatch):
     outcome = bahe_text.run(settings)
     assert results.read(tmp_path / "result.json") == outcome
     assert set(outcome.figures) == {f"small_{name}" for name in (
-        "popularity_auc", "dnn_auc", "dnn_auc_d", "dnn_both_auc_d", "bahe_auc_48", "bahe_auc_d", "bahe_auc_48_random",
+        "train_samples", "popularity_auc", "dnn_auc", "dnn_auc_d", "dnn_both_auc_d", "bahe_auc_48", "bahe_auc_d",
+        "bahe_auc_48_random",
     )}  # fmt: skip
     rows = [row for row in outcome.rows if "point" in row]
     assert [(row["point"], row["seed"]) for row in rows] == [(name, seed) for name in only for seed in (0, 1)]
