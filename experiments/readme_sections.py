@@ -274,8 +274,8 @@ def bahe_text(result: Result, name: str = "bahe_text") -> str:
     return joined(
         prose(
             f"BAHE's settings on real texts, the same part of one language model trained in each{learned} "
-            f"({device(result)} seeds). AUC_d is of a DNN that learns from later samples, with a setting's answers. Published figures are "
-            f"of other data. AUC{' (popularity alone: ' * bool(levels)}{', '.join(levels)}{')' * bool(levels)}:"
+            f"({device(result)} seeds). AUC_d is of a DNN that learns from later samples, with a setting's answers. "
+            f"Published figures are of other data. AUC{' (popularity alone: ' * bool(levels)}{', '.join(levels)}{')' * bool(levels)}:"
         ),
         table(["", *SETTINGS.values()], auc),
         prose(f"Differences ({PAIRED}):" if less else ""),
