@@ -269,13 +269,14 @@ def bahe_text(result: Result, name: str = "bahe_text") -> str:
         auc += [[f"published, {what}", *values] for what, values in PUBLISHED_AUC.items()]
     popular = (("ml1m", "popularity_auc"), ("amazon", "amazon_popularity_auc"))
     levels = [f"{data_name(data)} {f[name]:.4f}" for data, name in popular if name in f]
+    known = f" (popularity alone: {', '.join(levels)})" if levels else ""
     learned = f" on {f['train_samples']:,.0f} samples" if "train_samples" in f else ""
     heading = ["LLM-CTR - DNN", "+ FP - LLM-CTR", "+ ABE - LLM-CTR", "+ BA - LLM-CTR", "+ BA - DNN"]
     return joined(
         prose(
             f"BAHE's settings on real texts, the same part of one language model trained in each{learned} "
             f"({device(result)} seeds). AUC_d is of a DNN that learns from later samples, with a setting's answers. "
-            f"Published figures are of other data. AUC{' (popularity alone: ' * bool(levels)}{', '.join(levels)}{')' * bool(levels)}:"
+            f"Published figures are of other data. AUC{known}:"
         ),
         table(["", *SETTINGS.values()], auc),
         prose(f"Differences ({PAIRED}):" if less else ""),
