@@ -26,7 +26,7 @@ class Mapped:
     """Behaviours, and a linear map of them, `E_t weight + bias`, that is not applied yet.
 
     Attributes:
-      sequence: zeros at padding, in the dtype of the computation; or, for kernels, which read the mask, `as_given`.
+      sequence: in the dtype of the computation, zeros at padding; or, for kernels, which read the mask, `as_given`.
     """
 
     sequence: Float[Array, "B T d"]
@@ -78,7 +78,7 @@ class MultiHead(Interest):
         time: Float[Array, "B T"] | None = None,
     ) -> Mapped:
         if multi_head_gpu.runs(self.dtype, sequence.shape, self.heads):
-            return Mapped(sequence, mask.astype(bool), as_given=True)
+            return Mapped(sequence.astype(self.dtype), mask.astype(bool), as_given=True)
         return Mapped(*super().encode(sequence, mask))
 
     def encode_mapped(
