@@ -224,6 +224,11 @@ def name_of(row: Mapping[str, Any]) -> str:
     return row["what"] + ", another run" * ("measured_on" in row)
 
 
+def _short(row: Mapping[str, Any]) -> dict[str, Any]:
+    origin = ("measured_on", "commit", "command")
+    return {"what": name_of(row)} | {name: x for name, x in row.items() if name not in ("what", *origin)}
+
+
 def page(config: BaheCost, outcome: results.Result) -> str:
     """The report."""
     steps = [row for row in outcome.rows if "ms" in row]
@@ -242,7 +247,7 @@ def page(config: BaheCost, outcome: results.Result) -> str:
         outcome,
         "What BAHE costs",
         lead="The four settings of the paper's ablation on one model, one batch and one device.",
-        headline=steps or outcome.rows,
+        headline=[_short(row) for row in steps] or outcome.rows,
         panels=panels,
         tables={"Encoding behaviours": [row for row in outcome.rows if row["what"] == "encoding"]},
     )

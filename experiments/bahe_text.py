@@ -19,6 +19,7 @@ cache in common (`JAX_COMPILATION_CACHE_DIR`): a process for each point (`--only
 compile. `bahe_text_models.estimate` counts the multiply-adds of a point.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -252,7 +253,8 @@ def page(
                 line |= {"tokens": point.length or None, "AUC": own.mean, "low": own.low, "high": own.high}
                 later = found.get((point.name, "answers")) or found.get((point.name, "rank"))
                 headline.append(line | {"AUC_d": None if later is None else later.mean, "seeds": own.seeds})
-        findings += [report.difference(f"{name}: {what}", gain) for what, gain in compared[data].items()]
+        ours = re.compile(rf"bahe_{config.amazon_length if data == 'amazon' else config.base}(_[a-z_]+)? - ")
+        findings += [report.difference(f"{name}: {x}", gain) for x, gain in compared[data].items() if ours.search(x)]
         panels += _panels(outcome, found)
     return report.page(
         made,
@@ -260,7 +262,10 @@ def page(
         headline=headline,
         panels=panels,
         findings=findings,
-        tables={"Everything measured": [row for row in made.rows if "model" in row]},
+        tables={
+            "Differences of AUC": [row for row in made.rows if "difference" in row],
+            "Everything measured": [row for row in made.rows if "model" in row],
+        },
         lead=(
             "One language model in four settings, the same part trained in each. Published on other data, at 1,024 and "
             "2,048 tokens: LLM-CTR .7161 and .7276, + FP .7143 and .7326, + ABE .7150 and .7332, + BA .7132 and .7309; "
