@@ -45,11 +45,11 @@ def section(folder: Path = RESULTS) -> str:
 def everything(folder: Path = RESULTS) -> str:
     """RESULTS.md; a part appears when its file is there."""
     parts = []
-    for title, names in SYSTEMS.items():
+    for title, writers in SYSTEMS.items():
         own = [_lum(folder)] if title == "LUM" else []
-        for name in names:
+        for name, write in writers.items():
             if (folder / f"{name}.json").exists():
-                own.append(PARTS[name](results.read(folder / f"{name}.json")))
+                own.append(write(results.read(folder / f"{name}.json")))
         parts += [f"## {title}", *own] if own else []
     return joined("# What was measured", prose(LEAD), *parts) + "\n"
 
@@ -288,26 +288,22 @@ def _rate(row: Values, in_ms: bool) -> str:
     return f"{row['tflops']:.0f} [{work / row['ms_high']:.0f}, {work / row['ms_low']:.0f}]"
 
 
-PARTS: dict[str, Callable[[Result], str]] = {
-    "sim_lifelong": _lifelong,
-    "sim_serving": _serving,
-    "dcaf": _dcaf,
-    "ads_multidomain": readme_sections.multidomain,
-    "ads_chunks": readme_sections.chunks,
-    "ads_cost": readme_sections.ads_cost,
-    "bahe_text": readme_sections.bahe_text,
-    "bahe_text_76800": partial(readme_sections.bahe_text, name="bahe_text_76800"),
-    "bahe_cost": readme_sections.bahe_cost,
-    "bahe_encode": readme_sections.bahe_encode,
-    "attention_h100": _attention,
-}
-SYSTEMS = {
-    "LUM": (),
-    "SIM": ("sim_lifelong", "sim_serving"),
-    "DCAF": ("dcaf",),
-    "ADS": ("ads_multidomain", "ads_chunks", "ads_cost"),
-    "BAHE": ("bahe_text", "bahe_text_76800", "bahe_cost", "bahe_encode"),
-    "Range attention": ("attention_h100",),
+SYSTEMS: dict[str, dict[str, Callable[[Result], str]]] = {
+    "LUM": {},
+    "SIM": {"sim_lifelong": _lifelong, "sim_serving": _serving},
+    "DCAF": {"dcaf": _dcaf},
+    "ADS": {
+        "ads_multidomain": readme_sections.multidomain,
+        "ads_chunks": readme_sections.chunks,
+        "ads_cost": readme_sections.ads_cost,
+    },
+    "BAHE": {
+        "bahe_text": readme_sections.bahe_text,
+        "bahe_text_76800": partial(readme_sections.bahe_text, name="bahe_text_76800"),
+        "bahe_cost": readme_sections.bahe_cost,
+        "bahe_encode": readme_sections.bahe_encode,
+    },
+    "Range attention": {"attention_h100": _attention},
 }
 LEAD = (
     "Written from the files in `results/` by `python -m experiments readme`. Each part names its command, commit, "

@@ -11,7 +11,7 @@ sums of behaviours and the logarithm of the softmax's denominator; weights are m
     dr = W du,   ds_t = a_t (E_t . dr - r . dr),   dE_t = a_t dr + ds_t W Q,   d(WQ) = sum_t ds_t E_t
     dQ = W^T d(WQ) + b sum_t ds_t,   dW = d(WQ) Q^T + r du^T,   db = Q sum_t ds_t + du sum_t a_t
 
-The reference is what `MultiHead.attend` does elsewhere; tests/rec_core/interest/test_multi_head_gpu.py compares the
+The reference is what `MultiHead.attend` does elsewhere; tests/rec_core/test_interest_multi_head_gpu.py compares the
 two. On an H100 a forward and a backward pass take half to two thirds of its time: NOTES.md has times and tuning.
 """
 
