@@ -6,9 +6,13 @@ from jaxtyping import Array, Float
 
 
 class Second(nn.Module):
-    """A linear layer that starts at zero.
+    """A linear layer that starts at zero. Its weights are the parameters over the number of inputs.
 
-    Its bias is multiplied as one more row of the matrix, by ones: so its gradient comes with the matrix's, and is no
+    Adam moves a parameter by its rate whatever its gradient, so what n inputs generate moves by n times that: faster
+    than weights that are parameters themselves, and the rest of the net does not follow. Divided by n it moves as they
+    do (the output multiplier of Yang et al., arXiv 2203.03466); what can be learned is the same. NOTES.md has its gain.
+
+    The bias is multiplied as one more row of the matrix, by ones: so its gradient comes with the matrix's, and is no
     pass of its own over what is large here, the layer's output.
 
     Attributes:
@@ -24,7 +28,7 @@ class Second(nn.Module):
     def __call__(self, hidden: Float[Array, "*n hidden"]) -> Float[Array, "*n size"]:
         kernel = self.param("kernel", nn.initializers.zeros, (hidden.shape[-1], self.size), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.size,), jnp.float32)
-        matrix = jnp.concatenate([kernel, bias[None]]).astype(self.dtype)
+        matrix = (jnp.concatenate([kernel, bias[None]]) / len(kernel)).astype(self.dtype)
         if self.square:
             side = round(self.size**0.5)
             matrix = matrix.reshape(-1, side, side).swapaxes(1, 2).reshape(matrix.shape)

@@ -8,7 +8,8 @@ from jaxtyping import Array, Float
 
 
 class Queries(nn.Module):
-    """Matrix and bias of a linear layer to a vector for each chunk; both start at zero. See `PCRG` for `oldest_of`."""
+    """Matrix and bias of a linear layer to a vector for each chunk, both zero at first: the parameters over the number
+    of inputs, as in `ads_jax.generator.Second`. See `PCRG` for `oldest_of`."""
 
     chunks: int
     width: int
@@ -20,7 +21,7 @@ class Queries(nn.Module):
         size = self.chunks * self.width
         kernel = self.param("kernel", nn.initializers.zeros, (hidden, size), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (size,), jnp.float32)
-        kernel, bias = (x.reshape(*x.shape[:-1], self.chunks, self.width) for x in (kernel, bias))
+        kernel, bias = (x.reshape(*x.shape[:-1], self.chunks, self.width) / hidden for x in (kernel, bias))
         if oldest_of is not None:  # the layer is turned round, which is small, and not what it makes for each example
             kernel, bias = (x[..., :oldest_of, :][..., ::-1, :] for x in (kernel, bias))
         return kernel, bias

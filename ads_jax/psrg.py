@@ -16,7 +16,7 @@ class PSRG(nn.Module):
         E_S_personalized = E_S reshape(W_generated)^T + b_generated   (5)
 
     It does not depend on the candidate. Ours: W_shared starts as the identity and W_private at 1/2, so that with
-    eta = 2 the sequence is unchanged at first.
+    eta = 2 the sequence is unchanged at first; and it is its parameters over d (see `ads_jax.generator.Second`).
     """
 
     hidden: int = 32
@@ -26,7 +26,7 @@ class PSRG(nn.Module):
     @nn.compact
     def generate(self, domain: Float[Array, "B d_D"], d: int) -> tuple[Float[Array, "B d d"], Float[Array, "B d"]]:
         """`reshape(W_generated)^T` and `b_generated`, for behaviours `d` wide: equations 2-4."""
-        w_shared = self.param("w_shared", lambda _: jnp.eye(d))
+        w_shared = self.param("w_shared", lambda _: d * jnp.eye(d)) / d
         w_private = nn.sigmoid(Generator(self.hidden, d * d, True, self.dtype, name="weight")(domain))
         w_generated = self.eta * w_shared.T.astype(self.dtype) * w_private.reshape(-1, d, d)
         b_generated = Generator(self.hidden, d, False, self.dtype, name="bias")(domain)

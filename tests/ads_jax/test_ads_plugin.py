@@ -61,11 +61,11 @@ def test_equations_2_to_5_by_hand():
 
     def generated(name, row):
         hidden = relu(np.asarray(domain[row]) @ w[name]["first"]["kernel"] + w[name]["first"]["bias"])
-        return hidden @ w[name]["second"]["kernel"] + w[name]["second"]["bias"]
+        return (hidden @ w[name]["second"]["kernel"] + w[name]["second"]["bias"]) / 5  # parameters are 5 times weights
 
     for row in range(B):
         private = 1 / (1 + np.exp(-generated("weight", row)))  # (2)
-        weight = 1.5 * w["w_shared"].reshape(-1) * private  # (3)
+        weight = 1.5 * w["w_shared"].reshape(-1) / D * private  # (3)
         wanted = np.asarray(sequence[row]) @ weight.reshape(D, D).T + generated("bias", row)  # (4), (5)
         np.testing.assert_allclose(module.apply(params, domain, sequence)[row], wanted, rtol=1e-4, atol=1e-5)
 
@@ -80,7 +80,7 @@ def test_equations_6_and_7_by_hand():
     for row in range(B):
         both = np.concatenate([domain[row], target[row]])
         private = relu(both @ first + w["first_domain"]["bias"]) @ w["second"]["kernel"] + w["second"]["bias"]
-        wanted = private.reshape(3, D) + np.asarray(target[row])
+        wanted = private.reshape(3, D) / 5 + np.asarray(target[row])
         np.testing.assert_allclose(module.apply(params, domain, target)[row], wanted, rtol=1e-4, atol=1e-5)
     many = jnp.stack([target, target[::-1]], axis=1)
     both = module.apply(params, domain, many)
