@@ -1,6 +1,6 @@
 """What a training step of BAHE costs beside LLM-CTR: time, memory and multiply-adds of the four settings.
 
-    python -m experiments bahe-cost                      # for an accelerator; 6 minutes of an H100, 4 of them compile
+    python -m experiments bahe-cost                      # for an accelerator; 7 minutes of an H100, 4 of them compile
     python -m experiments bahe-cost --quick              # sizes of a test: only shows that everything works
 
 The settings are the rows of the paper's ablation on one model (the shape of SmolLM2-135M, random weights, which the

@@ -14,8 +14,8 @@ The four settings train the same part of one model: upper layers, final norm, F_
 are frozen (a table where the lower layers see one behaviour alone), random ones too. Every seed of every point is kept
 when it is done and result.json is written after every point, so that a stopped run goes on.
 
-All points with 3 seeds of 9,600 samples took 15 minutes of two H200, several processes to a device and a compilation
-cache in common (`JAX_COMPILATION_CACHE_DIR`): a process for each point (`--only`) keeps devices busy while others
+All points with 3 seeds of 9,600 samples took about 15 minutes of two H200, several processes to a device and one
+compilation cache (`JAX_COMPILATION_CACHE_DIR`): a process for each point (`--only`) keeps devices busy while others
 compile. `bahe_text_models.estimate` counts the multiply-adds of a point.
 """
 

@@ -313,17 +313,8 @@ def bahe_cost(result: Result) -> str:
             ratios = [_ratio(low[name] / row[name], goal) for name, goal in pairs]
         ms = f"{row['ms']:.1f} [{row['ms_low']:.1f}, {row['ms_high']:.1f}]"
         built = f"{row['table_ms']:.2f}" if row["table_ms"] else ""
-        lines.append(
-            [
-                f"{row['length']:,}",
-                row["what"] + ", another run" * ("measured_on" in row),
-                ms,
-                built,
-                ratios[0],
-                f"{row['peak_gib']:.1f}",
-                ratios[1],
-            ]
-        )
+        what = row["what"] + ", another run" * ("measured_on" in row)
+        lines.append([f"{row['length']:,}", what, ms, built, ratios[0], f"{row['peak_gib']:.1f}", ratios[1]])
     batch = " or ".join(dict.fromkeys(str(row["batch"]) for row in steps))
     encoding = ""
     if "encode_tokens_per_s" in f:

@@ -55,12 +55,12 @@ def test_a_claim_says_what_was_measured_where(tmp_path):
     result = written(tmp_path, "ads_cost", rows, found)
     claim = partial(readme_summary.Claim, "ADS", "ads_cost", "what")
     on, file = "1 x NVIDIA H100 80GB HBM3, 3 seeds", "`ads_cost.json`"
-    reached = {"form": ".1f", "goal": "1.3", "reached": lambda x: x >= 1.3}
-    assert claim("faster", **reached, part="devices").line(result) == [
+    assert claim("faster", 1, at_least=1.3, part="devices").line(result) == [
         "ADS", "what", "1.2", "1.3: missed", "2 x H, 3 seeds", file,
     ]  # fmt: skip
-    assert claim("gain", form="+.1f").line(result) == ["ADS", "what", "+3.0 [-1.0, +7.0] (0)", "", on, file]
-    assert claim(("world", "a - b"), goal="published +1").line(result) == [
+    assert claim("faster", 1, at_most=1.25).line(result) == ["ADS", "what", "1.2", "1.25: reached", on, file]
+    assert claim("gain", 1).line(result) == ["ADS", "what", "+3.0 [-1.0, +7.0] (0)", "", on, file]
+    assert claim(("world", "a - b"), published="+1").line(result) == [
         "ADS", "what", "-0.0200 [-0.0300, -0.0100] (lost)", "published +1", on, file,
     ]  # fmt: skip
     assert claim(("ml-1m", "a - b")).line(result) is None and claim("slower").line(result) is None
