@@ -11,9 +11,7 @@ turn on one device. All of it is compiled before anything is timed. Published (a
 FLOPs all rise as chunks shrink; at 10 items ADS already beats its base.
 """
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +30,7 @@ from experiments.steps.ads_scale import Sizes
 from experiments.steps.ads_step import Variant
 from experiments.steps.multidomain import CALL, Impressions, Tuned
 from experiments.steps.problem import make_problem
-from experiments.steps.runs import settings_for
+from experiments.steps.runs import settings_for, side_by_side
 from rec_core import metrics
 from rec_core.ranking import cost
 from rec_core.sharding import make_mesh
@@ -46,7 +44,7 @@ class AdsChunks:
       items: behaviours that share a query, one model each; the attention alone is always there.
       attention: "MHA", "DIN" or "CAN".
       train_samples, test_samples: impressions of the world learned from, and each of validation and test.
-      rates: learning rates, one trial each. seeds: final runs at the best of them. batch_size: of Adam.
+      seeds: final runs at the best learning rates of `ads-multidomain`'s trials. batch_size: of Adam.
       length: behaviours of the step that is timed. steps: of a measurement. repeats: measurements.
       quick: sizes of a test.
       out: folder for result.json, written after each part, report.html and the world.
@@ -54,11 +52,10 @@ class AdsChunks:
 
     items: tuple[int, ...] = (10, 5, 2, 1)
     attention: str = "MHA"
-    train_samples: int = 200_000
+    train_samples: int = 800_000
     test_samples: int = 100_000
-    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
     seeds: int = 5
-    batch_size: int = 1024
+    batch_size: int = 512
     length: int = 200
     steps: int = 10
     repeats: int = 7
@@ -73,8 +70,6 @@ class AdsChunks:
         for name in ("train_samples", "test_samples", "seeds", "batch_size", "length", "steps", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
-        if not self.rates or min(self.rates) <= 0:
-            raise ValueError(f"rates is {self.rates}; give at least one learning rate above 0")
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -83,7 +78,7 @@ class AdsChunks:
 
 _FIGURES = ("auc", "gain", "gain_low", "gain_high", "parameters", "gflop", "ms", "dense_ms", "temporaries_gib")
 QUICK: dict[str, Any] = {
-    "items": (3, 1), "train_samples": 2048, "test_samples": 400, "rates": (8e-3, 2e-3), "seeds": 2, "batch_size": 64,
+    "items": (3, 1), "train_samples": 2048, "test_samples": 400, "seeds": 2, "batch_size": 64,
     "length": 12, "steps": 2, "repeats": 2,
 }  # fmt: skip
 
@@ -104,7 +99,7 @@ def run(config: AdsChunks) -> results.Result:
     alone = tuned[config.variants[0].name]
     for variant in config.variants:
         found = tuned[variant.name]
-        shared = variant.row("AUC") | {"items": variant.items, "learning_rate": found.rate}
+        shared = variant.row("AUC") | {"items": variant.items, **found.best}
         rows += [shared | {"seed": i, "test_auc": metrics.auc(labels, x)} for i, x in enumerate(found.test)]
         if variant.items is not None:
             intervals[variant.name] = statistics.auc_difference(
@@ -154,25 +149,19 @@ def make_data(config: AdsChunks) -> tuple[Impressions, AdsMultidomain]:
 def train_all(config: AdsChunks, data: Impressions, world: AdsMultidomain) -> dict[str, Tuned]:
     """Every variant tuned and trained, side by side, since compiling takes longer than training."""
     size = min(config.batch_size, len(data.train))
-    settings = settings_for(len(data.train), size, 1.0, CALL)
+    settings, trial = (
+        settings_for(len(data.train), size, epochs, CALL) for epochs in (world.epochs, world.trial_epochs)
+    )
 
     def one(variant: Variant) -> Tuned:
         name = config.attention if variant.items is None else f"{config.attention} + ADS"
         module, model = model_config(data, name, replace(world, items_per_chunk=variant.items or 1))
         return multidomain.tune_and_train(
-            data, module, model, settings, rates=config.rates, seeds=config.seeds, batch_size=size
+            data, module, model, settings, trial=trial, rates=world.trials, seeds=config.seeds, batch_size=size
         )
 
-    tuned: dict[str, Tuned] = {}
-    with (
-        ThreadPoolExecutor(min(len(config.variants), os.cpu_count() or 1)) as pool,
-        progress.Progress(len(config.variants), data.name, unit="models") as shown,
-    ):
-        futures = {pool.submit(one, variant): variant.name for variant in config.variants}
-        for done, future in enumerate(as_completed(futures), start=1):
-            tuned[futures[future]] = future.result()
-            shown.update(done, loss=float(tuned[futures[future]].losses[-1].mean()), count=1)
-    return tuned
+    jobs = {variant.name: partial(one, variant) for variant in config.variants}
+    return side_by_side(jobs, data.name, lambda found: float(found.losses[-1].mean()))
 
 
 def headline(config: AdsChunks, rows: Sequence[Row], intervals: dict[str, Interval]) -> list[Row]:

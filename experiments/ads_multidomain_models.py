@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,10 +12,9 @@ import jax
 import numpy as np
 
 import ads_jax
-from experiments.progress import Progress
 from experiments.steps import multidomain
 from experiments.steps.multidomain import Impressions, Tuned
-from experiments.steps.runs import Run, saved_run, settings_for
+from experiments.steps.runs import Run, saved_run, settings_for, side_by_side
 from rec_core.data.world import World
 from rec_core.embedding import Categorical
 from rec_core.interest.can import parameters
@@ -33,10 +33,11 @@ class AdsMultidomain:
       ml_1m, taobao: where MovieLens-1M and Taobao's UserBehavior lie; without them the world alone.
       users, items, mean_length: of the world (`rec_core.data.world`).
       train_samples, test_samples: impressions learned from, and each of validation and test.
-      epochs: over the training samples.
+      epochs: over the training samples. trial_epochs: of the trials of learning rates.
       length: behaviours that every model reads. items_per_chunk: of ADS, that share a query.
       width: of every feature's vector.
-      rates: learning rates, one trial each, the same for every model. seeds: final runs at the best of them.
+      rates: learning rates of the net. table_factors: of the tables, as multiples of that. Every pair is a trial, the
+        same for every model. seeds: final runs at the best of them.
       batch_size: of Adam, with linear decay.
       resamples: of the bootstrap.
     """
@@ -53,12 +54,14 @@ class AdsMultidomain:
     mean_length: float = 120.0
     train_samples: int = 800_000
     test_samples: int = 100_000
-    epochs: float = 1.0
+    epochs: float = 3.0
+    trial_epochs: float = 1.0
     length: int = 50
     items_per_chunk: int = 10
     width: int = 16
-    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-    seeds: int = 5
+    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2)
+    table_factors: tuple[float, ...] = (1.0, 4.0)
+    seeds: int = 8
     batch_size: int = 512
     resamples: int = 300
 
@@ -66,13 +69,20 @@ class AdsMultidomain:
         unknown = [name for name in self.only if name not in MODELS]
         if unknown:
             raise ValueError(f"only={unknown}: there is no such model; there are {', '.join(map(repr, MODELS))}")
-        if not self.rates or min(self.rates) <= 0:
-            raise ValueError(f"rates={self.rates}: must be at least one learning rate above 0")
+        for name in ("rates", "table_factors"):
+            given = getattr(self, name)
+            if not given or min(given) <= 0:
+                raise ValueError(f"{name}={given}: must be at least one number above 0")
         for name in ("seeds", "length", "items_per_chunk", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.dials or self.main not in self.dials:
             raise ValueError(f"main={self.main} must be one of dials={self.dials}")
+
+    @property
+    def trials(self) -> tuple[tuple[float, float], ...]:
+        """Learning rates of net and tables of every trial."""
+        return tuple((rate, rate * factor) for rate in self.rates for factor in self.table_factors)
 
     def world(self, dial: float) -> World:
         small: dict[str, Any] = {"categories": 8, "departments": 2, "days": 40.0} if self.quick else {}
@@ -84,8 +94,9 @@ class AdsMultidomain:
 
 QUICK: dict[str, Any] = {
     "users": 60, "items": 100, "mean_length": 20.0, "train_samples": 2048, "test_samples": 400, "epochs": 4.0,
-    "length": 8, "items_per_chunk": 3, "width": 4, "dials": (0.0, 0.4), "rates": (2e-3, 8e-3), "seeds": 2,
-    "batch_size": 64, "resamples": 40, "only": ("DNN", "STAR", "DIN", "DIN + PEPNet", "DIN + ADS"),
+    "trial_epochs": 2.0, "length": 8, "items_per_chunk": 3, "width": 4, "dials": (0.0, 0.4), "rates": (2e-3, 8e-3),
+    "table_factors": (1.0,), "seeds": 2, "batch_size": 64, "resamples": 40,
+    "only": ("DNN", "STAR", "DIN", "DIN + PEPNet", "DIN + ADS"),
 }  # fmt: skip
 
 
@@ -153,30 +164,37 @@ class Outcome:
 
 
 def train_all(data: Impressions, config: AdsMultidomain) -> Outcome:
-    """Every model on one data set. What is done is kept under `out`/models: a stopped run goes on from there."""
+    """Every model on one data set, side by side, since compiling takes longer than training. What is done is kept under
+    `out`/models: a stopped run goes on from there."""
     done = Outcome(data)
     size = min(config.batch_size, len(data.train))
-    settings = settings_for(len(data.train), size, config.epochs, multidomain.CALL)
+    settings, trial = (
+        settings_for(len(data.train), size, epochs, multidomain.CALL) for epochs in (config.epochs, config.trial_epochs)
+    )
     names = config.only or tuple(MODELS)
     arrays = [data.batch.label, data.batch.target["item"], data.batch.mask, data.domain]
     identity = zlib.crc32(b"".join(np.asarray(x).tobytes() for x in arrays))
-    with Progress(len(names), data.name, unit="models") as progress:
-        for number, name in enumerate(names):
-            model, own = model_config(data, name, config)
-            point = repr((identity, model.__name__, own, settings, config.rates, config.seeds, size))
-            kept = config.out / "models" / f"{data.name}-{zlib.crc32(point.encode()):08x}.npz"
 
-            def run(model: ModuleType = model, own: ctr.Config = own) -> Run:
-                found = multidomain.tune_and_train(
-                    data, model, own, settings, rates=config.rates, seeds=config.seeds, batch_size=size
-                )
-                tried = {"rates": found.rates, "trials": found.trials, "valid": found.valid}
-                return Run(tried, found.losses, found.test)
+    def one(name: str) -> Run:
+        model, own = model_config(data, name, config)
+        point = repr((identity, model.__name__, own, settings, trial, config.trials, config.seeds, size))
 
-            found = saved_run(kept, run)
-            done.tuned[name] = Tuned(losses=found.losses, test=found.logits, **found.params)
-            done.trained_on[name] = found.device
-            shapes = jax.eval_shape(lambda model=model, own=own: model.init(jax.random.key(0), own))
-            done.parameters[name] = cost.parameters(shapes)["rest"]
-            progress.update(number + 1, loss=float(found.losses[-1].mean()), count=1)
+        def run() -> Run:
+            found = multidomain.tune_and_train(
+                data, model, own, settings, trial=trial, rates=config.trials, seeds=config.seeds, batch_size=size
+            )
+            tried = {"rates": found.rates, "trials": found.trials, "valid": found.valid}
+            return Run(tried, found.losses, found.test)
+
+        return saved_run(config.out / "models" / f"{data.name}-{zlib.crc32(point.encode()):08x}.npz", run)
+
+    runs = side_by_side(
+        {name: partial(one, name) for name in names}, data.name, lambda found: float(found.losses[-1].mean())
+    )
+    for name in names:
+        found, (model, own) = runs[name], model_config(data, name, config)
+        done.tuned[name] = Tuned(losses=found.losses, test=found.logits, **found.params)
+        done.trained_on[name] = found.device
+        shapes = jax.eval_shape(lambda model=model, own=own: model.init(jax.random.key(0), own))
+        done.parameters[name] = cost.parameters(shapes)["rest"]
     return done

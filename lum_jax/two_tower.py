@@ -137,7 +137,7 @@ def _tower(config: Config) -> Tower:
 def user_tower(params: dict, batch: Batch, config: Config) -> Float[Array, "B width"]:
     """`e_us = UEnc(us, {o_q})`; reads `user`, `sequence`, `mask` and `answers` of the batch."""
     tables = params["tables"]
-    sequence = embedding.embed(tables, config.item, batch.sequence)
+    sequence = embedding.embed(tables, config.item, batch.sequence, where=jnp.asarray(batch.mask).astype(bool))
     parts = [Average()(jnp.zeros_like(sequence[:, 0]), sequence, batch.mask)]
     if config.user:
         parts.append(embedding.embed(tables, config.user, batch.user))

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 PAD = 0
 UNKNOWN = 1
@@ -118,7 +118,7 @@ class Rows:
     ids: Int[Array, " n"]  # distinct within the table; increasing if `ordered`
     values: Float[Array, "n width"]
     size: int | None = struct.field(pytree_node=False, default=None)  # rows of the table, where it is known
-    ordered: bool = struct.field(pytree_node=False, default=True)  # look-ups want it
+    ordered: bool = struct.field(pytree_node=False, default=True)
 
 
 def table_name(spec: Feature) -> str:
@@ -187,21 +187,38 @@ def indices(spec: Feature, raw: Raw) -> Int[Array, "..."]:
     return (_mix(mixed[..., None] ^ seeds) % jnp.uint32(spec.buckets)).astype(jnp.int32)
 
 
-def lookup(table: Float[Array, "rows width"] | Rows, ids: Int[Array, "..."]) -> Float[Array, "... width"]:
-    """Rows of a table by id. From `Rows`, an id that was not gathered gives NaN."""
+def lookup(
+    table: Float[Array, "rows width"] | Rows, ids: Int[Array, "..."], *, where: Bool[Array, "..."] | None = None
+) -> Float[Array, "... width"]:
+    """Rows of a table by id. From `Rows`, an id that was not gathered gives NaN.
+
+    Args:
+      where: elsewhere the result is zeros, and no row has a gradient from there. Padding is best left out so: a
+        gradient would be added to its one row time and again, one after the other, on an accelerator.
+    """
     if not isinstance(table, Rows):
-        return jnp.take(table, ids, axis=0, mode="clip")
-    position = _position(table, ids)
+        if where is None:
+            return jnp.take(table, ids, axis=0, mode="clip")
+        inside = jnp.clip(ids, 0, table.shape[0] - 1)
+        return jnp.take(table, jnp.where(where, inside, table.shape[0]), axis=0, mode="fill", fill_value=0)
+    position, size = _position(table, ids), table.values.shape[0]
     present = jnp.take(table.ids, position, mode="clip") == ids
-    take = _take_few if table.values.shape[0] <= FEW else _take
+    position = jnp.clip(position, 0, size - 1)
+    if where is not None:
+        present, position = present | ~where, jnp.where(where, position, size)
+    take = _take_few if size <= FEW else _take
     return jnp.where(present[..., None], take(table.values, position), MISSING_ROW)
 
 
-def embed(tables: Mapping[str, Any], specs: Iterable[Feature], raw: Raw) -> Float[Array, "... width"]:
-    """The features' vectors, concatenated in the order of `specs` (at least one)."""
+def embed(
+    tables: Mapping[str, Any], specs: Iterable[Feature], raw: Raw, *, where: Bool[Array, "..."] | None = None
+) -> Float[Array, "... width"]:
+    """The features' vectors, concatenated in the order of `specs` (at least one); zeros but `where` (see `lookup`)."""
     parts = []
     for spec in specs:
-        vectors = lookup(tables[table_name(spec)], indices(spec, raw))
+        rows = indices(spec, raw)
+        there = where if where is None else jnp.broadcast_to(_at_end(where, rows.ndim), rows.shape)
+        vectors = lookup(tables[table_name(spec)], rows, where=there)
         if isinstance(spec, Hashed | Cross):  # [..., hashes, table width]
             flat = (*vectors.shape[:-2], spec.width)
             vectors = vectors.reshape(flat) if spec.combine == "concat" else vectors.sum(axis=-2)
@@ -232,7 +249,11 @@ def distinct(ids: Int[Array, "..."], rows: int) -> Int[Array, " n"]:
     if rows <= FEW:
         there = jnp.any(clipped[:, None] == jnp.arange(rows), axis=0)
         return jnp.nonzero(there, size=size, fill_value=rows)[0].astype(jnp.int32)
-    return jnp.unique(clipped, size=size, fill_value=rows)
+    ordered = jnp.sort(clipped)
+    first = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
+    # Only the first of equal ids is written. `jnp.unique` counts them, which adds to one address for each.
+    place = apart(jnp.where(first, jnp.cumsum(first, dtype=jnp.int32) - 1, size), size)
+    return jnp.full(size, rows, jnp.int32).at[place].set(ordered, mode="drop", unique_indices=True)
 
 
 def take_rows(table: Float[Array, "rows width"], ids: Int[Array, "..."]) -> Float[Array, "... width"]:
@@ -248,10 +269,14 @@ def gather_rows(table: Float[Array, "rows width"], ids: Int[Array, "..."]) -> Ro
 
 def scatter_rows(table: Float[Array, "rows width"], rows: Rows) -> Float[Array, "rows width"]:
     """The table with these rows replaced; ids past its end are left out."""
-    size = table.shape[0]
-    filler = rows.ids >= size  # spread out, since the scatter is promised distinct ids
-    ids = jnp.where(filler, size + jnp.arange(rows.ids.size, dtype=rows.ids.dtype), rows.ids)
+    ids = apart(rows.ids, table.shape[0])
     return table.at[ids].set(rows.values, mode="drop", unique_indices=True, indices_are_sorted=rows.ordered)
+
+
+def apart(ids: Int[Array, " n"], end: int) -> Int[Array, " n"]:
+    """The ids with those past the end spread out, where a scatter is promised distinct ones: it then writes without
+    waiting for other writes to the place."""
+    return jnp.where(ids >= end, end + jnp.arange(ids.size, dtype=ids.dtype), ids)
 
 
 def _position(rows: Rows, ids: Int[Array, "..."]) -> Int[Array, "..."]:
@@ -261,14 +286,23 @@ def _position(rows: Rows, ids: Int[Array, "..."]) -> Int[Array, "..."]:
     rows takes one, and four bytes a row.
     """
     if rows.size is None or rows.size > MAPPED * rows.ids.size:
-        return jnp.searchsorted(rows.ids, ids)
+        if rows.ordered:
+            return jnp.searchsorted(rows.ids, ids)
+        order = jnp.argsort(rows.ids)
+        return jnp.take(order, jnp.searchsorted(rows.ids[order], ids), mode="clip")
     places = jnp.arange(rows.ids.size, dtype=jnp.int32)
-    where = jnp.zeros(rows.size, jnp.int32).at[rows.ids].set(places, mode="drop", indices_are_sorted=True)
+    empty, at = jnp.zeros(rows.size, jnp.int32), apart(rows.ids, rows.size)
+    where = empty.at[at].set(places, mode="drop", unique_indices=True, indices_are_sorted=rows.ordered)
     return jnp.take(where, ids, mode="clip")
 
 
+def _at_end(x: Array, ndim: int) -> Array:
+    return x.reshape(*x.shape, *[1] * (ndim - x.ndim))
+
+
 def _take(values: Float[Array, "n width"], position: Int[Array, "..."]) -> Float[Array, "... width"]:
-    return jnp.take(values, position, axis=0, mode="clip")
+    """Rows by position; zeros past the end."""
+    return jnp.take(values, position, axis=0, mode="fill", fill_value=0)
 
 
 @jax.custom_vjp
@@ -284,8 +318,8 @@ def _take_few_forward(values: Array, position: Array) -> tuple[Array, tuple[Arra
 
 def _take_few_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
     rows, position = saved
-    flat, place = gradient.reshape(-1, gradient.shape[-1]), jnp.clip(position.reshape(-1), 0, len(rows) - 1)
-    there = (place[:, None] == rows).astype(flat.dtype)
+    flat = gradient.reshape(-1, gradient.shape[-1])
+    there = (position.reshape(-1, 1) == rows).astype(flat.dtype)
     return jnp.einsum("nr,nw->rw", there, flat, precision="highest"), None
 
 

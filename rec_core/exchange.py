@@ -6,11 +6,14 @@ come from their owners (`read`), and gradients go back to them (`combine`), wher
 whole table every device is an owner of all, and does the same work as the others.
 
 With D devices and n ids each, a device sends each owner of a part of a table as many ids, gets as many rows back and
-sends as many gradients: n / D and a tenth where that is enough (`fits`: ids that are hashed, or in any order but that
-of popularity), else n, which always is. A table of no more rows than n travels whole. Sums are taken in the order of
-the devices, so a step gives the same bits each time and, for a whole table, on each device.
+sends as many gradients: n / D, times the share of ids that are said to be distinct, and a tenth, where that is enough
+(`fits`: ids that are hashed, or in any order but that of popularity), else n, which always is. Rows stay in the order
+in which they came, owner by owner, with what filled up the room between them. A table of no more rows than n travels
+whole. Sums are taken in the order of the devices, so a step gives the same bits each time and, for a whole table, on
+each device.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,27 +23,25 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from rec_core.embedding import Rows, distinct, take_rows
+from rec_core.embedding import Rows, apart, distinct, take_rows
 from rec_core.optimizers import gradient_norm
+
+FEW_IDS = 2**16  # so many for each owner cost nothing to speak of; there is always room for all
 
 
 @struct.dataclass
 class Plan:
     """What a device reads of a table: its own ids, as `distinct` gives them, and how those of each owner lie in them.
 
-    Owner d has ``count[d]`` of them, from ``start[d]`` on. `rows` are of the whole table.
+    Owner d has ``count[d]`` of them, from ``start[d]`` on. `rows` are of the whole table. `scant` is how many ids of an
+    owner there is room for where owners are asked alike, and no more ids are distinct than was said.
     """
 
     own: Int[Array, " n"]
     start: Int[Array, " D"]
     count: Int[Array, " D"]
     rows: int = struct.field(pytree_node=False)
-
-    @property
-    def scant(self) -> int:
-        """Ids for each owner that suffice where owners are asked alike."""
-        n, devices = self.own.size, self.count.size
-        return min(n, -(-11 * n // (10 * devices)) + 8)
+    scant: int = struct.field(pytree_node=False)
 
     @property
     def small(self) -> bool:
@@ -59,20 +60,30 @@ class Route:
     asked: Int[Array, "D room"] | None
 
 
-def plan(table: Float[Array, "rows width"], ids: Int[Array, "..."], axis_name: str, *, split: bool) -> Plan:
+def plan(
+    table: Float[Array, "rows width"],
+    ids: Int[Array, "..."],
+    axis_name: str,
+    *,
+    split: bool,
+    distinct_share: float = 1.0,
+) -> Plan:
     """What this device reads.
 
     Args:
       table: all of the table, or this device's part of it.
       ids: rows of the whole table, with repetitions; out of range they are clipped as in `embedding.lookup`.
       split: the table is split by row over the axis, in equal parts in the order of the devices.
+      distinct_share: of the ids, that are distinct; `Plan.scant` follows from it.
     """
     devices = jax.lax.axis_size(axis_name) if split else 1
     own = distinct(ids, table.shape[0] * devices)
     # A comparison with every id is one kernel, a search many.
     end = jnp.sum(own < table.shape[0] * jnp.arange(1, devices + 1)[:, None], axis=1, dtype=jnp.int32)
     start = jnp.concatenate([jnp.zeros(1, jnp.int32), end[:-1]])
-    return Plan(own, start, end - start, table.shape[0] * devices)
+    even = math.ceil(1.1 * distinct_share * own.size / devices) + 8
+    scant = own.size if own.size <= FEW_IDS else min(even, own.size)
+    return Plan(own, start, end - start, table.shape[0] * devices, scant)
 
 
 def fits(plans: Iterable[Plan], axis_name: str) -> Bool[Array, ""] | None:
@@ -99,14 +110,13 @@ def read(
         return Rows(plan.own, take_rows(table, plan.own), plan.rows), Route(plan, None)
     own, part, devices = plan.own, table.shape[0], plan.count.size
     place = jnp.arange(plan.scant if scant else own.size, dtype=jnp.int32)
-    mine = jnp.take(own, plan.start[:, None] + place, mode="clip") - part * jnp.arange(devices)[:, None]
-    asked = jax.lax.all_to_all(jnp.where(place < plan.count[:, None], mine, part), axis_name, 0, 0)
+    there = place < plan.count[:, None]
+    ids = jnp.take(own, plan.start[:, None] + place, mode="clip")
+    mine = jnp.where(there, ids - part * jnp.arange(devices)[:, None], part)
+    asked = jax.lax.all_to_all(mine, axis_name, 0, 0)
     found = jax.lax.all_to_all(take_rows(table, asked), axis_name, 0, 0)
-    number = jnp.arange(own.size, dtype=jnp.int32)
-    owner = jnp.sum(number >= plan.start[1:, None], axis=0, dtype=jnp.int32)
-    source = owner * place.size + number - plan.start[owner]
-    values = jnp.take(found.reshape(-1, table.shape[1]), source, axis=0, mode="clip")
-    return Rows(own, values, plan.rows), Route(plan, asked)
+    ids = jnp.where(there, ids, plan.rows).reshape(-1)
+    return Rows(ids, found.reshape(-1, table.shape[1]), plan.rows, ordered=False), Route(plan, asked)
 
 
 def combine(gradient: Rows, route: Route, table: Float[Array, "rows width"], axis_name: str) -> Rows:
@@ -121,8 +131,7 @@ def combine(gradient: Rows, route: Route, table: Float[Array, "rows width"], axi
     """
     rows, plan, values = table.shape[0], route.plan, gradient.values
     if route.asked is not None:
-        place = plan.start[:, None] + jnp.arange(route.asked.shape[1], dtype=jnp.int32)
-        sent = jnp.take(values, place, axis=0, mode="clip")
+        sent = values.reshape(*route.asked.shape, -1)
         return _add_up(route.asked, jax.lax.all_to_all(sent, axis_name, 0, 0), rows)
     if not plan.small:
         return _add_up(jax.lax.all_gather(plan.own, axis_name), jax.lax.all_gather(values, axis_name), rows)
@@ -156,14 +165,9 @@ def _add_up(ids: Int[Array, "D m"], values: Float[Array, "D m width"], rows: int
         if d:
             # No two of them meet, so nothing depends on an order.
             added = jnp.where(new[:, None], 0, values[d])
-            total = total.at[_apart(there, devices * m)].add(added, mode="drop", unique_indices=True)
+            total = total.at[apart(there, devices * m)].add(added, mode="drop", unique_indices=True)
         if d < devices - 1:
             own = jnp.arange(d * m, (d + 1) * m, dtype=jnp.int32)
-            first = first.at[_apart(kept[-1], rows)].set(own, mode="drop", unique_indices=True)
+            first = first.at[apart(kept[-1], rows)].set(own, mode="drop", unique_indices=True)
     kept_ids = jnp.concatenate(kept)
     return Rows(kept_ids, jnp.where(kept_ids[:, None] < rows, total, 0), ordered=False)
-
-
-def _apart(place: Int[Array, " m"], end: int) -> Int[Array, " m"]:
-    """Places past the end spread out, where they are promised to be distinct."""
-    return jnp.where(place >= end, end + jnp.arange(place.size, dtype=place.dtype), place)

@@ -57,6 +57,7 @@ class TrainConfig:
     clip: float | None = 1.0  # global norm; None: no clipping
     micro_batches: int = 1  # the batch is computed in so many parts; the numbers are those of the whole
     sparse_tables: bool = False  # lazy Adam on the rows a batch reads; untouched rows keep their value and moments
+    distinct_share: float = 1.0  # of a device's ids of a split table, at most; where there are more, a step is slower
     log_every: int = 10
     evaluate_every: int = 0
     checkpoint_every: int = 0
@@ -80,6 +81,8 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: must be in [0, 1)")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"weight_decay is {self.weight_decay}: must be a finite number, 0 or more")
+        if not 0 < self.distinct_share <= 1:
+            raise ValueError(f"distinct_share is {self.distinct_share}: must be above 0, and at most 1")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip is {self.clip}: must be above 0, or None for no clipping")
         if self.warmup >= self.steps:

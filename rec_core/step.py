@@ -229,7 +229,9 @@ def _advance_apart(
 
     def step(state: State, batch: Any) -> Any:
         plans = {
-            name: exchange.plan(state.params["tables"][name], ids, "data", split=name in split)
+            name: exchange.plan(
+                state.params["tables"][name], ids, "data", split=name in split, distinct_share=train.distinct_share
+            )
             for name, ids in model.touched(batch, config).items()
         }
         own = partial(_advance, model, config, train, state, batch, axis_name="data", split=split, plans=plans)

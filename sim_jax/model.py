@@ -305,8 +305,9 @@ def touched(batch: Batch, config: Config) -> dict[str, Int[Array, " n"]]:
 def _vectors(
     tables: Mapping[str, Any], config: Config, fields: Mapping[str, Any], mask: Any, time: Any = None
 ) -> Found:
-    sequence = constrain(embedding.embed(tables, config.item_features, fields))
-    return Found(sequence, jnp.asarray(mask), None if time is None else jnp.asarray(time))
+    mask = jnp.asarray(mask)
+    sequence = constrain(embedding.embed(tables, config.item_features, fields, where=mask.astype(bool)))
+    return Found(sequence, mask, None if time is None else jnp.asarray(time))
 
 
 def _rest(tables: Mapping[str, Any], batch: Batch | Request, config: Config) -> dict[str, Any]:

@@ -4,6 +4,7 @@ All models see the same impressions in the same orders. What differs between the
 of what is compiled, so a model is compiled once for all settings of a dial.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from experiments.steps.problem import Problem
 from experiments.steps.rank import rank_batch
 from experiments.steps.runs import order
-from rec_core import metrics, training
+from rec_core import metrics, optimizers, training
 from rec_core.embedding import Categorical, Continuous
 from rec_core.ranking import ctr
 
@@ -134,18 +135,20 @@ def group_domains(domain: Int[np.ndarray, " n"], domains: int, train: int) -> tu
 
 @dataclass(frozen=True)
 class Tuned:
-    """A model with its learning rate: of each trial the rate and the validation AUC (-1: it diverged), and of the final
-    runs the losses, and logits of the validation and test impressions."""
+    """A model with its learning rates: of each trial those of net and tables and the validation AUC (-1: it diverged),
+    and of the final runs the losses, and logits of the validation and test impressions."""
 
-    rates: Float[np.ndarray, " trials"]
+    rates: Float[np.ndarray, "trials 2"]
     trials: Float[np.ndarray, " trials"]
     losses: Float[np.ndarray, "steps seeds"]
     valid: Float[np.ndarray, "seeds n"]
     test: Float[np.ndarray, "seeds m"]
 
     @property
-    def rate(self) -> float:
-        return float(self.rates[np.argmax(self.trials)])
+    def best(self) -> dict[str, float]:
+        """The learning rates of the final runs, as columns of a row."""
+        net, tables = self.rates[np.argmax(self.trials)]
+        return {"learning_rate": float(net), "table_rate": float(tables)}
 
 
 def tune_and_train(
@@ -154,25 +157,30 @@ def tune_and_train(
     config: Any,
     settings: training.TrainConfig,
     *,
-    rates: tuple[float, ...],
+    trial: training.TrainConfig,
+    rates: Sequence[tuple[float, float]],
     seeds: int,
     batch_size: int,
 ) -> Tuned:
-    """One trial for each learning rate, the best by validation AUC, then as many final runs as there are seeds.
+    """A trial for each pair of learning rates, the best by validation AUC, then as many final runs as there are seeds.
+
+    Args:
+      settings: of the final runs. trial: of the trials, which may be shorter.
+      rates: of the net and of the tables.
 
     Raises:
       DivergedError: no trial, or a final run, stayed finite.
     """
-    share = {"model": model, "config": config, "settings": settings}
+    share: dict[str, Any] = {"model": model, "config": config, "batch_size": batch_size}
     tuning = np.full(len(rates), TUNING_SEED)
-    params, _, diverged = train(data, tuning, np.asarray(rates), batch_size=batch_size, **share)
+    params, _, diverged = train(data, tuning, np.asarray(rates), settings=trial, **share)
     if (diverged >= 0).all():
         raise training.DivergedError(int(diverged.min()), float("nan"), float("nan"), None)
     found = scores(data, params, data.valid, model=model, config=config)
     label = data.label[data.valid]
     trials = [metrics.auc(label, x) if bad < 0 else -1.0 for x, bad in zip(found, diverged, strict=True)]
-    best = rates[int(np.argmax(trials))]
-    params, losses, diverged = train(data, np.arange(seeds), np.full(seeds, best), batch_size=batch_size, **share)
+    best = np.tile(rates[int(np.argmax(trials))], (seeds, 1))
+    params, losses, diverged = train(data, np.arange(seeds), best, settings=settings, **share)
     if (diverged >= 0).any():
         raise training.DivergedError(int(diverged.max()), float("nan"), float("nan"), None)
     valid, test = (scores(data, params, index, model=model, config=config) for index in (data.valid, data.test))
@@ -182,7 +190,7 @@ def tune_and_train(
 def train(
     data: Impressions,
     seeds: Int[np.ndarray, " runs"],
-    rates: Float[np.ndarray, " runs"],
+    rates: Float[np.ndarray, "runs 2"],
     *,
     model: ModuleType,
     config: Any,
@@ -193,17 +201,19 @@ def train(
 
     Args:
       seeds: of initial values and orders: each seed takes the training impressions in an order of its own.
-      rates: learning rates of the runs; `settings.learning_rate` is not read, its schedule is.
+      rates: learning rates of net and tables; `settings.learning_rate` is not read, its schedule is.
     """
-    settings = replace(settings, learning_rate=1.0)
-    states = _begin(jnp.asarray(seeds, jnp.uint32), model=model, config=config, settings=settings)
     orders = np.stack([order(data.train, settings.steps, batch_size, int(seed)) for seed in seeds])
-    losses = []
+    decay = np.asarray(jax.vmap(optimizers.schedule(replace(settings, learning_rate=1.0)))(jnp.arange(settings.steps)))
+    # Rates and their decay are arguments, so that trials and final runs, of other lengths, are one compiled program.
+    share: dict[str, Any] = {"model": model, "config": config}
+    share["settings"] = replace(settings, learning_rate=1.0, steps=1, warmup=0, decay="constant")
+    states, losses = _begin(jnp.asarray(seeds, jnp.uint32), **share), []
     for first in range(0, settings.steps, CALL):
-        rows = jnp.asarray(orders[:, first : first + CALL])
-        states, found = _advance(
-            states, data.batch, rows, jnp.asarray(rates, jnp.float32), model=model, config=config, settings=settings
-        )
+        now = slice(first, first + CALL)
+        rate = {part: rates[:, [i]] * decay[now] for i, part in enumerate(("net", "tables"))}
+        given = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), rate)
+        states, found = _advance(states, data.batch, jnp.asarray(orders[:, now]), given, **share)
         losses.append(np.asarray(found).T)
     return states.params, np.concatenate(losses), np.asarray(states.diverged)
 
@@ -225,16 +235,20 @@ def _begin(seeds: Array, *, model: Any, config: Any, settings: training.TrainCon
 
 @partial(jax.jit, static_argnames=("model", "config", "settings"), donate_argnums=0)
 def _advance(
-    states: Any, batch: Any, rows: Array, rates: Array, *, model: Any, config: Any, settings: training.TrainConfig
+    states: Any, batch: Any, rows: Array, rates: Any, *, model: Any, config: Any, settings: training.TrainConfig
 ) -> Any:
-    def one(state: Any, rows: Array, rate: Array) -> Any:
-        def step(state: Any, rows: Array) -> Any:
+    def one(state: Any, rows: Array, rates: dict[str, Array]) -> Any:
+        def step(state: Any, given: Any) -> Any:
+            rows, rate = given
             new, found = training.advance(model, config, settings, state, jax.tree.map(lambda x: x[rows], batch))
-            # Adam's step is linear in its rate, so runs of many rates are one compiled run of the rate 1.
-            params = jax.tree.map(lambda old, new: old + rate * (new - old), state.params, new.params)
+            # Adam's step is linear in its rate, and what is compiled has the rate 1.
+            params = {
+                part: jax.tree.map(lambda old, new, part=part: old + rate[part] * (new - old), old, new.params[part])
+                for part, old in state.params.items()
+            }
             return replace(new, params=params), found["loss"]
 
-        return jax.lax.scan(step, state, rows)
+        return jax.lax.scan(step, state, (rows, rates))
 
     return jax.vmap(one)(states, rows, rates)
 

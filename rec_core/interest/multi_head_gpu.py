@@ -41,16 +41,24 @@ LOW = float(jnp.finfo(jnp.float32).min)
 Linear = tuple[Float[Array, "B d d"], Float[Array, "B d"]]
 
 
-class Tuning(NamedTuple):
+class Shape(NamedTuple):
     """Behaviours in a block, a power of 2 from 16, warps, and stages of software pipelining; NOTES.md has the times."""
 
     block: int = 64
     warps: int = 4
     stages: int = 1
+
+
+class Tuning(NamedTuple):
+    """Shapes of the two kernels."""
+
+    forward: Shape = Shape()
+    backward: Shape = Shape()
     interpret: bool = False
 
 
 DEFAULT = Tuning()
+MAPPED = Tuning(Shape(32, 1, 2), Shape(32, 2, 1))  # with a linear map
 
 
 class Blocks(NamedTuple):
@@ -96,15 +104,15 @@ def attend(
     value: Float[Array, "d heads width"],
     tuning: Tuning | None = None,
 ) -> Float[Array, "B heads*width"]:
-    """The interest; the computation has the dtype of `value`. What stands in the sequence at padding is not read.
+    """The interest; the computation has the dtype of `value`. What stands in the sequence at padding does not matter.
 
     Args:
       sequence, mask: behaviours in any floating dtype, and which are no padding.
       linear: a map of the behaviours, `E_t weight + bias`, in the dtype of `value`.
       queries: of the width of the behaviours, each of T / G neighbouring ones; G divides T.
-      value: the matrix of the values. tuning: default `DEFAULT`.
+      value: the matrix of the values. tuning: default `DEFAULT`, with a linear map `MAPPED`.
     """
-    read = partial(_read, DEFAULT if tuning is None else tuning)
+    read = partial(_read, tuning or (MAPPED if linear else DEFAULT))
     heads = _on_each_device(read, sequence, mask, linear, queries.astype(value.dtype))
     return jnp.einsum("bhd,dhw->bhw", heads, value).reshape(len(heads), -1)
 
@@ -140,36 +148,41 @@ def _read(tuning: Tuning, sequence: Array, mask: Array, linear: Linear | None, q
 
 
 def _forward(tuning: Tuning, sequence: Array, mask: Array, linear: Linear | None, queries: Array) -> tuple[Array, Any]:
-    blocks, rows = _blocks(tuning, sequence, queries), queries.reshape(len(queries), -1, queries.shape[-1])
+    blocks, rows = _blocks(tuning.forward, sequence, queries), queries.reshape(len(queries), -1, queries.shape[-1])
     size, (heads, d) = len(queries), queries.shape[2:]
     summed = [((size, heads, d), queries.dtype), ((size, heads, d), jnp.float32), ((size, heads), jnp.float32)]
-    made = _call(_forward_kernel, blocks, tuning, (sequence, mask, rows, *(linear or ())), summed)
+    made = _call(
+        _forward_kernel, blocks, tuning.forward, tuning.interpret, (sequence, mask, rows, *(linear or ())), summed
+    )
     return made[0], (sequence, mask, linear, queries, *made[1:])
 
 
 def _backward(tuning: Tuning, saved: Any, gradient: Array) -> tuple[Array, None, Linear | None, Array]:
     sequence, mask, linear, queries, read, lse = saved
-    blocks, rows = _blocks(tuning, sequence, queries), queries.reshape(len(queries), -1, queries.shape[-1])
+    blocks, rows = _blocks(tuning.backward, sequence, queries), queries.reshape(len(queries), -1, queries.shape[-1])
     given = (sequence, mask, rows, gradient.astype(queries.dtype), read, lse, *(linear or ()))
     made = [(x.shape, x.dtype) for x in (sequence, rows, *(linear or ()))]
-    of_sequence, of_rows, *of_linear = _call(_backward_kernel, blocks, tuning, given, made)
+    found = _call(_backward_kernel, blocks, tuning.backward, tuning.interpret, given, made)
+    of_sequence, of_rows, *of_linear = found
     return of_sequence, None, (of_linear[0], of_linear[1]) if linear else None, of_rows.reshape(queries.shape)
 
 
 _read.defvjp(_forward, _backward)
 
 
-def _blocks(tuning: Tuning, sequence: Array, queries: Array) -> Blocks:
+def _blocks(shape: Shape, sequence: Array, queries: Array) -> Blocks:
     length, groups, heads = sequence.shape[1], *queries.shape[1:3]
     size = length // groups
-    return Blocks(length, size, heads, min(max(tuning.block // size, 1), groups, QUERIES // heads), tuning.block)
+    return Blocks(length, size, heads, min(max(shape.block // size, 1), groups, QUERIES // heads), shape.block)
 
 
-def _call(kernel: Callable[..., None], blocks: Blocks, tuning: Tuning, given: Any, made: Any) -> list[Array]:
+def _call(
+    kernel: Callable[..., None], blocks: Blocks, tuned: Shape, interpret: bool, given: Any, made: Any
+) -> list[Array]:
     def one(shape: tuple[int, ...]) -> pl.BlockSpec:
         return pl.BlockSpec((None, *shape[1:]), lambda i: (i, *[0] * (len(shape) - 1)))
 
-    if not tuning.interpret:
+    if not interpret:
         # Said at every compilation, to users who can do nothing about it; `runs` is ready for the release without it.
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
     varying = jax.typeof(given[0]).manual_axis_type  # as that of all of them
@@ -179,8 +192,8 @@ def _call(kernel: Callable[..., None], blocks: Blocks, tuning: Tuning, given: An
         in_specs=[one(x.shape) for x in given],
         out_specs=[one(shape) for shape, _ in made],
         out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying) for shape, dtype in made],
-        compiler_params=triton.CompilerParams(num_warps=tuning.warps, num_stages=tuning.stages),
-        interpret=tuning.interpret,
+        compiler_params=triton.CompilerParams(num_warps=tuned.warps, num_stages=tuned.stages),
+        interpret=interpret,
     )(*given)
     return out
 
@@ -301,7 +314,9 @@ def _load_rows(blocks: Blocks, sequence: Any, mask: Any, i: Any, j: Any, dtype: 
     place = i * (blocks.groups * blocks.size) + within
     inside = (within < blocks.groups * blocks.size) & (place < blocks.length)
     there = triton.load(mask.at[place], mask=inside, other=False)
-    rows = triton.load(_rows(sequence, place), mask=there[:, None], other=0).astype(dtype)
+    # Behaviours are not asked for by what the mask says: that would wait for it.
+    rows = triton.load(_rows(sequence, place), mask=inside[:, None], other=0)
+    rows = jnp.where(there[:, None], rows, 0).astype(dtype)
     slot = jax.lax.div(jnp.arange(blocks.queries), blocks.heads)
     own = there[:, None] & (jax.lax.div(within, blocks.size)[:, None] == slot[None])
     return (place, inside[:, None]), rows, own

@@ -226,10 +226,11 @@ def _embed(tables: Mapping[str, Any], specs: tuple[Feature, ...], fields: Mappin
 
 def _shared(tables: Mapping[str, Any], batch: Batch, config: Config) -> Vectors:
     """What no candidate changes."""
+    mask = jnp.asarray(batch.mask)
     return Vectors(
         user=_embed(tables, config.user_features, batch.user),
-        sequence=embedding.embed(tables, config.item_features, batch.sequence),
-        mask=jnp.asarray(batch.mask),
+        sequence=embedding.embed(tables, config.item_features, batch.sequence, where=mask.astype(bool)),
+        mask=mask,
         time=None if batch.time is None else jnp.asarray(batch.time),
     )
 

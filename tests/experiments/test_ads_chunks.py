@@ -16,7 +16,7 @@ def test_every_variant_is_trained_measured_and_compared(tmp_path, monkeypatch, c
     """Logits are the true ones with noise that grows with the chunk; steps are stand-ins of as many milliseconds."""
     configs = {}
 
-    def trained(data, model, config, settings, *, rates, seeds, batch_size):
+    def trained(data, model, config, settings, *, trial, rates, seeds, batch_size):
         items = getattr(config, "items", None)
         configs[items] = config
         draw = np.random.default_rng(0)
@@ -59,9 +59,7 @@ def test_the_models_differ_in_their_chunks_alone(tmp_path):
     assert config.items == world.items_per_chunk == 3 and config.interest == "multi_head"
 
 
-@pytest.mark.parametrize(
-    "change", [{"items": (2, 2)}, {"items": (0,)}, {"attention": "SIM"}, {"rates": ()}, {"repeats": 0}]
-)
+@pytest.mark.parametrize("change", [{"items": (2, 2)}, {"items": (0,)}, {"attention": "SIM"}, {"repeats": 0}])
 def test_settings_say_what_is_wrong(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         AdsChunks(**change)

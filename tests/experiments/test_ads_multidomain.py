@@ -65,7 +65,7 @@ def test_runs_side_by_side_are_runs_alone_at_their_own_rate(data):
     _, config = model_config(data, "DNN", SETTINGS)
     config = replace(config, hidden=(4,))
     settings = training.TrainConfig(steps=3, decay="linear", warmup=1)
-    rates = np.array([1e-3, 1e-2])
+    rates = np.array([[1e-3, 1e-3], [1e-2, 3e-2]])
     share = {"model": ctr, "config": config, "settings": settings, "batch_size": 32}
     params, losses, diverged = multidomain.train(data, np.array([0, 5]), rates, **share)
     assert losses.shape == (3, 2) and (diverged == -1).all()
@@ -74,9 +74,11 @@ def test_runs_side_by_side_are_runs_alone_at_their_own_rate(data):
     step = jax.jit(lambda state, batch: training.advance(ctr, config, alone, state, batch))
     for i in range(3):
         rows = order[32 * i : 32 * i + 32]
-        state, found = step(state, jax.tree.map(lambda x, rows=rows: x[rows], data.batch))
+        old, (state, found) = state, step(state, jax.tree.map(lambda x, rows=rows: x[rows], data.batch))
         np.testing.assert_allclose(losses[i, 1], found["loss"], rtol=1e-5)
-    for got, wanted in zip(jax.tree.leaves(params["net"]), jax.tree.leaves(state.params["net"])):
+        tables = jax.tree.map(lambda a, b: a + 3 * (b - a), old.params["tables"], state.params["tables"])
+        state = replace(state, params={**state.params, "tables": tables})
+    for got, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(state.params)):
         np.testing.assert_allclose(got[1], wanted, atol=2e-4)
     logits = multidomain.scores(data, params, data.test, model=ctr, config=config)
     part = jax.tree.map(lambda x: x[data.test[:7]], data.batch)
@@ -84,7 +86,9 @@ def test_runs_side_by_side_are_runs_alone_at_their_own_rate(data):
     np.testing.assert_allclose(logits[1, :7], ctr.apply(one, part, config), rtol=1e-4, atol=1e-5)
     spoilt = replace(data, batch=replace(data.batch, label=jnp.full_like(data.batch.label, jnp.nan)))
     with pytest.raises(training.DivergedError, match="diverged at step 0"):
-        multidomain.tune_and_train(spoilt, ctr, config, settings, rates=(1e-3, 1e-2), seeds=2, batch_size=32)
+        multidomain.tune_and_train(
+            spoilt, ctr, config, settings, trial=settings, rates=((1e-3, 1e-3), (1e-2, 1e-2)), seeds=2, batch_size=32
+        )
 
 
 def test_imp_keeps_its_sign_and_zero():
@@ -101,7 +105,7 @@ def test_all_models_are_compared_and_published(tmp_path, capsys, monkeypatch):
     """The command with the training replaced: logits of the true probability with each model's noise."""
     calls = []
 
-    def trained(data, model, config, settings, *, rates, seeds, batch_size):
+    def trained(data, model, config, settings, *, trial, rates, seeds, batch_size):
         name = next(n for n in MODELS if model_config(data, n, quick)[1] == config)
         calls.append((data.name, name))
         draw, level = np.random.default_rng(len(calls)), NOISE.get(name, 0.1 if "ADS" in name else 0.5)
@@ -119,18 +123,20 @@ def test_all_models_are_compared_and_published(tmp_path, capsys, monkeypatch):
         assert figures[f"{key}_imp_low"] <= figures[f"{key}_imp"] <= figures[f"{key}_imp_high"]
         assert np.sign(figures[f"{key}_imp"]) == np.sign(figures[f"{key}_auc_difference"])
         assert f"{key}_over_constant_domain_imp" in figures and f"{key}_over_dnn_imp" in figures
-    assert figures["gain_at_zero_domain_dial_low"] <= figures["gain_at_zero_domain_dial"]
+    for key in ("gain_at_zero_domain_dial", "gain_at_zero_over_constant_domain"):
+        assert figures[f"{key}_low"] <= figures[key] <= figures[f"{key}_high"]
+    assert figures["gain_at_zero_domain_dial"] > 0.02 > abs(figures["gain_at_zero_over_constant_domain"])
     assert 0.5 < figures["oracle_auc"] < 1
     base = {row["base"] for row in made.rows if row.get("comparison") == "mha" and row["data"] == "world, domain 0.4"}
     assert base <= set(rivals("MHA")) and len(base) == 1
     rows = [row for row in made.rows if row.get("model") == "MHA + ADS" and row["data"] == "world, domain 0.4"]
-    assert {row["learning_rate"] for row in rows if "seed" in row} == {max(QUICK["rates"])}
+    assert {(row["learning_rate"], row["table_rate"]) for row in rows if "seed" in row} == {quick.trials[-1]}
     assert len({row["test_auc"] for row in rows if "seed" in row}) == 2, "two seeds gave one number"
     domains = [row for row in rows if "domain" in row]
     assert domains[-1]["domain"] == "all" and len(domains) > 2
     assert "Gain along the domain dial" in (tmp_path / "report.html").read_text()
     assert "MHA + ADS - MHA" in capsys.readouterr().out
-    assert calls == [(f"world, domain {dial}", name) for dial in ("0", "0.4") for name in MODELS]
+    assert sorted(calls) == sorted((f"world, domain {dial}", name) for dial in ("0", "0.4") for name in MODELS)
     assert (
         ads_multidomain.run(replace(quick, only=("DNN", "MHA", "MHA + ADS"))).figures["mha_over_dnn_imp"]
         == (figures["mha_over_dnn_imp"])
@@ -142,7 +148,8 @@ def test_all_models_are_compared_and_published(tmp_path, capsys, monkeypatch):
     ("settings", "message"),
     [
         ({"only": ("FM",)}, r"only=\['FM'\]: there is no such model; there are 'MLR'"),
-        ({"rates": ()}, "at least one learning rate"),
+        ({"rates": ()}, r"rates=\(\): must be at least one number"),
+        ({"table_factors": (1.0, 0.0)}, r"table_factors=\(1\.0, 0\.0\): must be at least one number above 0"),
         ({"main": 0.5}, r"main=0\.5 must be one of dials"),
         ({"seeds": 0}, "seeds=0 must be at least 1"),
     ],

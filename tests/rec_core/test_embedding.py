@@ -136,6 +136,42 @@ def test_a_row_that_was_not_gathered_is_not_taken_for_another():
     np.testing.assert_array_equal(np.isnan(out[:, 0]), [True, False, True, False, True])
 
 
+@pytest.mark.parametrize("size", [None, 10, 300 * 7], ids=["size unknown", "mapped", "searched"])
+def test_rows_in_any_order_are_found(size):
+    """As several owners send them: each in order, with filler between."""
+    end = size or 10
+    rows = Rows(jnp.array([4, 6, end, end, 0, 3, end]), jnp.arange(14.0).reshape(7, 2), size, ordered=False)
+    found = embedding.lookup(rows, jnp.array([[0, 3, 4], [6, 5, 4]]))
+    np.testing.assert_array_equal(found[..., 0], [[8, 10, 0], [2, np.nan, 0]])
+
+
+@pytest.mark.parametrize("rows", [9, 200], ids=["few rows", "many"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["table", "rows"])
+def test_padding_is_zeros_and_gives_no_gradient(rows, sparse):
+    draw = np.random.default_rng(0)
+    table = jnp.asarray(draw.normal(size=(rows, 2)), jnp.float32)
+    ids, where = draw.integers(0, rows, (4, 70)), draw.random((4, 70)) < 0.6
+    specs = (Categorical("item", rows, 2), Hashed("item", rows, 2, hashes=2, table="item"))
+    slope = jnp.asarray(draw.normal(size=(4, 70, 4)), jnp.float32)
+
+    def apply(values, there):
+        read = Rows(jnp.arange(rows), values, rows) if sparse else values
+        vectors = embedding.embed({"item": read}, specs, {"item": ids}, where=there)
+        return jnp.sum(vectors * slope * where[..., None]), vectors
+
+    (_, got), of_table = jax.value_and_grad(apply, has_aux=True)(table, jnp.asarray(where))
+    (_, want), of_all = jax.value_and_grad(apply, has_aux=True)(table, None)
+    np.testing.assert_allclose(got, np.where(where[..., None], want, 0), rtol=1e-6)
+    np.testing.assert_allclose(of_table, of_all, rtol=1e-5, atol=1e-5)
+
+    def at_padding(values):
+        read = Rows(jnp.arange(rows), values, rows) if sparse else values
+        vectors = embedding.embed({"item": read}, specs, {"item": ids}, where=jnp.asarray(where))
+        return jnp.sum(jnp.where(where[..., None], 0, vectors + 1))
+
+    assert not np.any(jax.grad(at_padding)(table))
+
+
 def test_a_table_does_not_change_when_a_feature_is_added():
     one = embedding.init_tables(jax.random.key(3), SPECS[:1])
     all_of_them = embedding.init_tables(jax.random.key(3), SPECS)

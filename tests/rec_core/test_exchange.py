@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import types
 from typing import Any
 
@@ -21,6 +22,11 @@ DEVICES, ROWS = 4, 12
 CONFIG = dataclasses.replace(toy_model.Config(), users=41, items=160_000)
 # eps well above the gradients' rounding: parameters can be compared after several steps.
 TRAIN = TrainConfig(steps=9, learning_rate=0.05, eps=1e-2, clip=0.5, sparse_tables=True, weight_decay=0.01)
+
+
+@pytest.fixture(autouse=True)
+def few_ids_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "FEW_IDS", 4)
 
 
 def frozen_items(params: Any, config: Any) -> Any:
@@ -104,12 +110,12 @@ def test_what_devices_cannot_do_alone_is_left_to_the_compiler() -> None:
 
 
 @functools.cache
-def exchanged(split: bool, scant: bool = False) -> Any:
+def exchanged(split: bool, scant: bool = False, share: float = 1.0) -> Any:
     """Whether the scant form suffices; rows that each device reads, and their gradients combined: ids, values, own ids,
     sums; by device."""
 
     def run(table: Any, ids: Any, slope: Any) -> Any:
-        plan = exchange.plan(table, ids, "data", split=split)
+        plan = exchange.plan(table, ids, "data", split=split, distinct_share=share)
         fits = exchange.fits([plan], "data") if split else None
         rows, route = exchange.read(table, plan, "data", split=split, scant=scant)
         gradient = dataclasses.replace(rows, values=rows.values * slope)
@@ -121,20 +127,21 @@ def exchanged(split: bool, scant: bool = False) -> Any:
     return jax.jit(jax.shard_map(run, mesh=make_mesh(DEVICES), in_specs=specs, out_specs=P("data"), check_vma=False))
 
 
-def check_exchange(ids: np.ndarray, rows: int, *, split: bool, scant: bool = False) -> bool:
+def check_exchange(ids: np.ndarray, rows: int, *, split: bool, scant: bool = False, share: float = 1.0) -> bool:
     """That all devices have their rows, and the owners the sums; whether the scant form suffices."""
     table = np.arange(1.0, 2 * rows + 1, dtype=np.float32).reshape(rows, 2)
     slope = np.array([[1.0], [10.0], [100.0], [1000.0]], np.float32)
     fits, own, values, owned, total = jax.device_get(
-        exchanged(split, scant)(table, ids.astype(np.int32).reshape(-1), slope)
+        exchanged(split, scant, share)(table, ids.astype(np.int32).reshape(-1), slope)
     )
     if scant and not fits.all():
         return False
     ids, want, read = np.minimum(ids, rows - 1), np.zeros_like(table), np.zeros(rows, bool)
     for i in range(DEVICES):
-        distinct = np.unique(ids[i])
-        np.testing.assert_array_equal(own[i], np.append(distinct, [rows] * (own.shape[1] - len(distinct))))
-        np.testing.assert_array_equal(values[i, : len(distinct)], table[distinct])
+        distinct, there = np.unique(ids[i]), own[i] < rows
+        np.testing.assert_array_equal(own[i][there], distinct)
+        np.testing.assert_array_equal(values[i][there], table[distinct])
+        assert (own[i][~there] == rows).all()
         want[distinct] += slope[i] * table[distinct]
         read[distinct] = True
     size = rows // DEVICES if split else rows
@@ -167,7 +174,7 @@ def test_rows_travel_once_and_gradients_add_up_at_their_owners(split: bool, rows
 
 def test_owners_that_are_asked_alike_are_sent_a_share_each() -> None:
     draw, rows, n = np.random.default_rng(0), 400, 60
-    scant = -(-11 * n // (10 * DEVICES)) + 8
+    scant = math.ceil(1.1 * n / DEVICES) + 8
     even = draw.permuted(np.tile(np.arange(rows), (DEVICES, 1)), axis=1)[:, :n]
     full = np.arange(scant)[None] + np.zeros((DEVICES, 1), int)  # as many of one owner as there is room for
     others = np.arange(rows // DEVICES, rows, 8)[: n - scant]
@@ -177,6 +184,30 @@ def test_owners_that_are_asked_alike_are_sent_a_share_each() -> None:
     for ids, suffices in ((even, True), (full, True), (over, False)):
         assert check_exchange(ids, rows, split=True, scant=True) == suffices
         check_exchange(ids, rows, split=True)
+
+
+def test_repeated_ids_need_less_room() -> None:
+    """Half of the ids distinct: half the share suffices, a third does not, and then nothing is sent by it."""
+    draw, rows, n = np.random.default_rng(0), 4000, 600
+    few = draw.permuted(np.tile(np.arange(0, rows, 13), (DEVICES, 1)), axis=1)[:, : n // 2]
+    ids = draw.permuted(np.concatenate([few, few], axis=1), axis=1)
+    assert check_exchange(ids, rows, split=True, scant=True, share=0.55)
+    assert not check_exchange(ids, rows, split=True, scant=True, share=0.35)
+    with pytest.raises(ValueError, match=r"distinct_share is 0: must be above 0"):
+        TrainConfig(steps=1, distinct_share=0)
+
+
+def test_few_ids_have_room_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "FEW_IDS", 16)
+
+    def need(table: Any, ids: Any) -> Any:
+        return exchange.plan(table, ids, "data", split=True, distinct_share=0.1)
+
+    table = jax.ShapeDtypeStruct((100, 2), jnp.float32)
+    for n, room in ((16, 16), (320, 17)):
+        ids = jax.ShapeDtypeStruct((n,), jnp.int32)
+        made = jax.eval_shape(jax.vmap(need, axis_name="data", axis_size=DEVICES, in_axes=None), table, ids)
+        assert made.scant == room
 
 
 def test_the_norm_counts_each_row_once() -> None:

@@ -15,7 +15,7 @@ import ads_jax
 from ads_jax import ADS
 from rec_core.interest import MultiHead, candidates, multi_head_gpu
 from rec_core.interest.multi_head import Mapped
-from rec_core.interest.multi_head_gpu import Tuning, runs
+from rec_core.interest.multi_head_gpu import Shape, Tuning, runs
 
 WIDTH = 8
 # size, length, groups, heads, d, rows of a block, linear map, where padding stands
@@ -52,6 +52,11 @@ def spoil(sequence, mask):
 
 
 @cache
+def interpreted(block):
+    """Kernels with blocks of so many rows; those of the backward pass have others."""
+    return Tuning(Shape(block), Shape(16 if block > 16 else 32), interpret=True)
+
+
 def answers(case, dtype, block=None, raw="float32", of_dtype=None):
     """Value and gradients, by kernels with blocks of so many rows or by XLA; numbers are those of `of_dtype`."""
     size, length, groups, heads, d, _, linear, padded = CASES[case]
@@ -76,7 +81,8 @@ def answers(case, dtype, block=None, raw="float32", of_dtype=None):
         return out, back(jnp.asarray(draw(size, heads * WIDTH), out.dtype))
 
     with pytest.MonkeyPatch.context() as patch, jax.default_matmul_precision("highest"):
-        patch.setattr(multi_head_gpu, "DEFAULT", Tuning(block or 16, interpret=True))
+        for name in ("DEFAULT", "MAPPED"):
+            patch.setattr(multi_head_gpu, name, interpreted(block or 16))
         return jax.device_get(both(value, given))
 
 
@@ -124,7 +130,8 @@ def kernels(monkeypatch):
 
     def give():
         monkeypatch.setattr(multi_head_gpu, "runs", lambda dtype, shape, heads: True)
-        monkeypatch.setattr(multi_head_gpu, "DEFAULT", Tuning(block=16, interpret=True))
+        for name in ("DEFAULT", "MAPPED"):
+            monkeypatch.setattr(multi_head_gpu, name, interpreted(16))
 
     return give
 
@@ -200,7 +207,7 @@ def test_kernels_run_on_each_device_for_its_examples():
 
     def gradients(queries, sequence, linear, value):
         def loss(queries, sequence, linear, value):
-            out = multi_head_gpu.attend(sequence, mask, linear, queries, value, Tuning(16, interpret=True))
+            out = multi_head_gpu.attend(sequence, mask, linear, queries, value, interpreted(16))
             return jnp.square(out).sum()
 
         return jax.grad(loss, (0, 1, 2, 3))(queries, sequence, linear, value)
