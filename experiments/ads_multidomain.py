@@ -48,14 +48,7 @@ def run(config: AdsMultidomain) -> results.Result:
         config = AdsMultidomain(**(vars(config) | QUICK | ({"only": config.only} if config.only else {})))
     config.out.mkdir(parents=True, exist_ok=True)
     started = results.begin()
-    outcomes = []
-    for data in _all_data(config):
-        print(
-            f"{data.name}: {len(data.train):,} training, {len(data.valid):,} validation and {len(data.test):,} test "
-            f"samples; {len(np.unique(data.domain))} domains ({data.domain_name})",
-            flush=True,
-        )
-        outcomes.append(train_all(data, config))
+    outcomes = train_all(_all_data(config), config)
     return _publish(config, outcomes, started)
 
 
@@ -65,7 +58,7 @@ def world_name(dial: float) -> str:
 
 def _all_data(config: AdsMultidomain) -> Iterable[Impressions]:
     def make(problem: Problem, name: str) -> Impressions:
-        return make_impressions(
+        data = make_impressions(
             problem,
             name=name,
             train=config.train_samples,
@@ -73,6 +66,12 @@ def _all_data(config: AdsMultidomain) -> Iterable[Impressions]:
             length=config.length,
             width=config.width,
         )
+        print(
+            f"{data.name}: {len(data.train):,} training, {len(data.valid):,} validation and {len(data.test):,} test "
+            f"samples; {len(np.unique(data.domain))} domains ({data.domain_name})",
+            flush=True,
+        )
+        return data
 
     prepared = config.out / "prepared"
     for dial in config.dials:
@@ -140,15 +139,19 @@ def _publish(config: AdsMultidomain, outcomes: list[Outcome], started: Any) -> r
     findings: list[report.Finding] = []
     headline: list[dict[str, Any]] = []
     by_dial: dict[str, dict[float, Interval]] = {}
+    asked: dict[tuple[str, str, str], Callable[[], Interval]] = {}
+    for done in outcomes:
+        data = done.data
+        for name, tuned in done.tuned.items():
+            given = data.label[data.test], tuned.test, data.user[data.test]
+            asked[data.name, "", name] = partial(statistics.auc_interval, *given, resamples=config.resamples)
+        for a, b in set(_pairs(done).values()):
+            asked[data.name, a, b] = gain(done, a, b, config.resamples)
+    measured = statistics.together(asked)
     for done in outcomes:
         data = done.data
         labels, users = data.label[data.test], data.user[data.test]
-        intervals = statistics.together(
-            {
-                name: partial(statistics.auc_interval, labels, tuned.test, users, resamples=config.resamples)
-                for name, tuned in done.tuned.items()
-            }
-        )
+        intervals = {name: measured[data.name, "", name] for name in done.tuned}
         for name, tuned in done.tuned.items():
             shared: results.Row = {"data": data.name, "model": name, **tuned.best}
             shared |= {"parameters": done.parameters[name], "valid_auc": mean_auc(done, name, "valid")}
@@ -160,7 +163,8 @@ def _publish(config: AdsMultidomain, outcomes: list[Outcome], started: Any) -> r
                 | {"high": intervals[name].high, **tuned.best, "parameters": done.parameters[name]}
             )
         oracle = None if data.probability is None else metrics.auc(labels, data.probability[data.test])
-        compared = _compare(done, config, rows, numbers if data.name == world_name(config.main) else {})
+        found = {(a, b): value for (of, a, b), value in measured.items() if of == data.name and a}
+        compared = _compare(done, found, rows, numbers if data.name == world_name(config.main) else {})
         if data.name == world_name(config.main) and oracle is not None:
             numbers["oracle_auc"] = oracle
         if data.name == world_name(0.0):
@@ -193,25 +197,24 @@ def _publish(config: AdsMultidomain, outcomes: list[Outcome], started: Any) -> r
     return outcome
 
 
-def _compare(
-    done: Outcome, config: AdsMultidomain, rows: list[results.Row], numbers: dict[str, float]
-) -> dict[str, Interval]:
-    """The comparisons of one data set; their rows, and the figures of the main one."""
-    wanted: dict[str, tuple[str, str]] = {}
-
-    def add(key: str, a: str | None, b: str) -> None:
-        if a is not None and a in done.tuned and b in done.tuned:
-            wanted[key] = a, b
-
+def _pairs(done: Outcome) -> dict[str, tuple[str, str]]:
+    """The comparisons of one data set, by key: the base and what is compared with it, where both were trained."""
+    wanted: dict[str, tuple[str | None, str]] = {}
     for attention in ATTENTIONS:
         key, ads = attention.lower(), f"{attention} + ADS"
-        add(key, best_rival(done, attention), ads)
-        add(f"{key}_over_alone", attention, ads)
-        add(f"{key}_over_constant_domain", f"{ads}, E_D constant", ads)
-        add(f"{key}_pcrg", f"{ads} without PCRG", ads)
-        add(f"{key}_over_dnn", "DNN", attention)
-    found = statistics.together({pair: gain(done, *pair, config.resamples) for pair in wanted.values()})
-    for key, (a, b) in wanted.items():
+        wanted[key] = best_rival(done, attention), ads
+        wanted[f"{key}_over_alone"] = attention, ads
+        wanted[f"{key}_over_constant_domain"] = f"{ads}, E_D constant", ads
+        wanted[f"{key}_pcrg"] = f"{ads} without PCRG", ads
+        wanted[f"{key}_over_dnn"] = "DNN", attention
+    return {key: (a, b) for key, (a, b) in wanted.items() if a is not None and a in done.tuned and b in done.tuned}
+
+
+def _compare(
+    done: Outcome, found: dict[tuple[str, str], Interval], rows: list[results.Row], numbers: dict[str, float]
+) -> dict[str, Interval]:
+    """The comparisons of one data set by what is subtracted; their rows, and the figures of the main one."""
+    for key, (a, b) in _pairs(done).items():
         difference, base = found[a, b], mean_auc(done, a)
         values = {"auc_difference": difference}
         if base > 0.5:  # below, Imp is not defined
