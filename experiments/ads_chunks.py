@@ -160,8 +160,8 @@ def train_all(config: AdsChunks, data: Impressions, world: AdsMultidomain) -> di
             data, module, model, settings, trial=trial, rates=world.trials, seeds=config.seeds, batch_size=size
         )
 
-    jobs = [(variant.name, partial(one, variant)) for variant in config.variants]
-    return side_by_side(jobs, data.name, len(jobs), lambda found: float(found.losses[-1].mean()))
+    jobs = {variant.name: partial(one, variant) for variant in config.variants}
+    return side_by_side(jobs, data.name, lambda found: float(found.losses[-1].mean()))
 
 
 def headline(config: AdsChunks, rows: Sequence[Row], intervals: dict[str, Interval]) -> list[Row]:

@@ -11,8 +11,8 @@ tables, parameters and Adam. A whole step looks up, computes and updates the net
 touches (no pass over a table); the dense part begins and ends at the vectors. Attentions: multi-head (4 x 16), DIN
 (80-40) and CAN ((4, 2), its table of 1 M hashed rows), each alone, with ADS in chunks of 10, and unchunked, at 200 and
 1,000 behaviours. The figures are of the whole step of **multi-head attention at 200 behaviours**, the attention of
-equations 8-12; all other cases stand in the rows. Contenders are timed in turn within a repeat; an overhead is the
-median over repeats of paired ratios.
+equations 8-12, and, named so, of DIN and CAN; all other cases stand in the rows. Contenders are timed in turn within a
+repeat; an overhead is the median over repeats of paired ratios.
 
 Requests: 500 candidates of one user at 1,000 behaviours, from ids on the host to scores on the host. Two GPUs: tables
 split by row, the batch by example; "speedup" is of examples a second, with 4,096 a GPU and with 4,096 in all.
@@ -20,7 +20,7 @@ split by row, the batch by example; "speedup" is of examples a second, with 4,09
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,10 @@ def run(config: AdsCost) -> results.Result:
     if config.quick:
         config = AdsCost(**(vars(config) | QUICK))
     if config.joined:
-        return _finish(results.join(config.joined, "ads_cost"), config.out)
+        joined = results.join(config.joined, "ads_cost")
+        small = any(name.startswith("small_") for name in joined.figures)
+        found = summarize(joined.rows, replace(config, quick=small))
+        return _finish(replace(joined, figures=dict(joined.figures) | found), config.out)
     more = config.devices if "devices" in config.parts else 1
     if more > jax.local_device_count():
         raise ValueError(f"devices is {more}, there are {jax.local_device_count()}; give as many as there are")
@@ -232,7 +235,9 @@ def summarize(rows: Sequence[Row], config: AdsCost) -> dict[str, float]:
         return case.get((what, variant.attention, variant.length, variant.name), {}).get(column)
 
     for tag, variant in (("chunk10", chunked), ("full", full)):
-        found[f"overhead_{tag}_pct"] = get("whole step", variant, "overhead_pct")
+        for attention in ATTENTIONS:
+            name = f"overhead_{tag}_pct" if attention == "MHA" else f"{attention.lower()}_overhead_{tag}_pct"
+            found[name] = get("whole step", replace(variant, attention=attention), "overhead_pct")
         found[f"dense_overhead_{tag}_pct"] = get("dense part", variant, "overhead_pct")
         alone = Variant("MHA", config.lengths[0], None)
         for name, column in (("memory", "memory_gib"), ("temporaries", "temporaries_gib")):
@@ -241,7 +246,8 @@ def summarize(rows: Sequence[Row], config: AdsCost) -> dict[str, float]:
     found["step_ms_chunk10"] = get("whole step", chunked, "ms")
     found[f"request_p99_ms_{config.candidates}"] = get("request", asked, "p99_ms")
     found[f"request_p50_ms_{config.candidates}"] = get("request", asked, "p50_ms")
-    number = {2: "two"}.get(config.devices, str(config.devices))
+    devices = max((int(row.get("devices") or 1) for row in rows if row["what"] == "devices"), default=1)
+    number = {2: "two"}.get(devices, str(devices))
     for name, tag in (("fixed batch a device", ""), ("fixed global batch", "_fixed_global")):
         speedup = [row.get("speedup") for row in rows if row.get("case") == name and "reason" not in row]
         found[f"{number}_gpu_speedup{tag}"] = speedup[0] if speedup else None

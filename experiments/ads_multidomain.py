@@ -10,12 +10,17 @@ Differences of AUC and Imp (ADS, arXiv 2502.05523, equation 14) with paired inte
     python -m experiments ads-multidomain                       # for an accelerator
     python -m experiments ads-multidomain --quick               # five models on two cores, a minute or two
     python -m experiments ads-multidomain --ml-1m PATH/ml-1m --taobao PATH
+    python -m experiments ads-multidomain --no-report --only DIN 'DIN + ADS'   # a share of the models
 
 Every model has the same features, all of one width, E_D among them, and the same layers where its paper has an MLP; it
 has one trial for each of the same pairs of learning rates, of net and tables, a third as long as the final runs, and
 takes the best by validation AUC; the rival that ADS is compared with is chosen by validation AUC too. The test period
-is scored once, by the final runs. Models that are done are kept: some at a time (`--only`), side by side in one folder.
-MovieLens-1M names no domains: the candidate's category (its first genre) serves, as the paper has it on Taobao's data.
+is scored once, by the final runs. MovieLens-1M names no domains: the candidate's category (its first genre) serves, as
+the paper has it on Taobao's data.
+
+Models that are done are kept, so that several processes, each with an accelerator, may train a share of them in one
+folder (after one of them has made the worlds: `--no-report --only MLR`), and another makes the report of all. On two
+H200 each half of the models took 60 to 75 s a world, and as long again for the first, to be compiled.
 """
 
 from collections.abc import Callable, Iterable
@@ -42,14 +47,14 @@ PUBLISHED = (
 )
 
 
-def run(config: AdsMultidomain) -> results.Result:
+def run(config: AdsMultidomain) -> results.Result | None:
     """Trains and measures everything, prints the tables, writes `out`/result.json and `out`/report.html."""
     if config.quick:
         config = AdsMultidomain(**(vars(config) | QUICK | ({"only": config.only} if config.only else {})))
     config.out.mkdir(parents=True, exist_ok=True)
     started = results.begin()
-    outcomes = train_all(_all_data(config), config)
-    return _publish(config, outcomes, started)
+    outcomes = [train_all(data, config) for data in _all_data(config)]
+    return _publish(config, outcomes, started) if config.report else None
 
 
 def world_name(dial: float) -> str:

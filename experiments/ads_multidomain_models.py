@@ -1,7 +1,7 @@
 """The models of `ads_multidomain.py`: settings, the table of rivals, and how each is tuned and trained."""
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ class AdsMultidomain:
       out: folder for report.html, result.json, the prepared data, and what is done already.
       quick: a run of seconds that only shows that everything works.
       only: names of models (`MODELS`); none for all.
+      report: whether there is one; without it, models are trained and kept.
       dials: settings of the world's domain dial. main: the one that the figures are about.
       ml_1m, taobao: where MovieLens-1M and Taobao's UserBehavior lie; without them the world alone.
       users, items, mean_length: of the world (`rec_core.data.world`).
@@ -45,6 +46,7 @@ class AdsMultidomain:
     out: Path = Path("runs/ads-multidomain")
     quick: bool = False
     only: tuple[str, ...] = ()
+    report: bool = True
     dials: tuple[float, ...] = (0.0, 0.4, 1.0)
     main: float = 0.4
     ml_1m: Path | None = None
@@ -83,11 +85,6 @@ class AdsMultidomain:
     def trials(self) -> tuple[tuple[float, float], ...]:
         """Learning rates of net and tables of every trial."""
         return tuple((rate, rate * factor) for rate in self.rates for factor in self.table_factors)
-
-    @property
-    def sources(self) -> int:
-        """How many data sets there are."""
-        return len(self.dials) + (self.ml_1m is not None) + (self.taobao is not None)
 
     def world(self, dial: float) -> World:
         small: dict[str, Any] = {"categories": 8, "departments": 2, "days": 40.0} if self.quick else {}
@@ -168,43 +165,38 @@ class Outcome:
     trained_on: dict[str, str] = field(default_factory=dict)
 
 
-def train_all(all_data: Iterable[Impressions], config: AdsMultidomain) -> list[Outcome]:
-    """Every model on every data set, side by side. What is done is kept under `out`/models: a stopped run goes on from
-    there."""
-    outcomes: list[Outcome] = []
-    names = config.only or tuple(MODELS)
-
-    def jobs() -> Iterator[tuple[tuple[int, str], Callable[[], Run]]]:
-        for data in all_data:
-            outcomes.append(Outcome(data))
-            arrays = [data.batch.label, data.batch.target["item"], data.batch.mask, data.domain]
-            identity = zlib.crc32(b"".join(np.asarray(x).tobytes() for x in arrays))
-            yield from (((len(outcomes) - 1, name), partial(_train, data, name, config, identity)) for name in names)
-
-    runs = side_by_side(jobs(), "training", len(names) * config.sources, lambda found: float(found.losses[-1].mean()))
-    for (number, name), found in runs.items():
-        done = outcomes[number]
-        model, own = model_config(done.data, name, config)
-        done.tuned[name] = Tuned(losses=found.losses, test=found.logits, **found.params)
-        done.trained_on[name] = found.device
-        shapes = jax.eval_shape(lambda model=model, own=own: model.init(jax.random.key(0), own))
-        done.parameters[name] = cost.parameters(shapes)["rest"]
-    return outcomes
-
-
-def _train(data: Impressions, name: str, config: AdsMultidomain, identity: int) -> Run:
-    """One model on one data set, or what a file has of it."""
+def train_all(data: Impressions, config: AdsMultidomain) -> Outcome:
+    """Every model on one data set, side by side, since compiling takes longer than training. What is done is kept under
+    `out`/models: a stopped run goes on from there."""
+    done = Outcome(data)
     size = min(config.batch_size, len(data.train))
     settings, trial = (
         settings_for(len(data.train), size, epochs, multidomain.CALL) for epochs in (config.epochs, config.trial_epochs)
     )
-    model, own = model_config(data, name, config)
-    point = repr((identity, model.__name__, own, settings, trial, config.trials, config.seeds, size))
+    names = config.only or tuple(MODELS)
+    arrays = [data.batch.label, data.batch.target["item"], data.batch.mask, data.domain]
+    identity = zlib.crc32(b"".join(np.asarray(x).tobytes() for x in arrays))
 
-    def run() -> Run:
-        found = multidomain.tune_and_train(
-            data, model, own, settings, trial=trial, rates=config.trials, seeds=config.seeds, batch_size=size
-        )
-        return Run({"rates": found.rates, "trials": found.trials, "valid": found.valid}, found.losses, found.test)
+    def one(name: str) -> Run:
+        model, own = model_config(data, name, config)
+        point = repr((identity, model.__name__, own, settings, trial, config.trials, config.seeds, size))
 
-    return saved_run(config.out / "models" / f"{data.name}-{zlib.crc32(point.encode()):08x}.npz", run)
+        def run() -> Run:
+            found = multidomain.tune_and_train(
+                data, model, own, settings, trial=trial, rates=config.trials, seeds=config.seeds, batch_size=size
+            )
+            tried = {"rates": found.rates, "trials": found.trials, "valid": found.valid}
+            return Run(tried, found.losses, found.test)
+
+        return saved_run(config.out / "models" / f"{data.name}-{zlib.crc32(point.encode()):08x}.npz", run)
+
+    runs = side_by_side(
+        {name: partial(one, name) for name in names}, data.name, lambda found: float(found.losses[-1].mean())
+    )
+    for name in names:
+        found, (model, own) = runs[name], model_config(data, name, config)
+        done.tuned[name] = Tuned(losses=found.losses, test=found.logits, **found.params)
+        done.trained_on[name] = found.device
+        shapes = jax.eval_shape(lambda model=model, own=own: model.init(jax.random.key(0), own))
+        done.parameters[name] = cost.parameters(shapes)["rest"]
+    return done

@@ -218,6 +218,8 @@ def ads_cost(result: Result) -> str:
         goals.append(f"{x:+.1f} % of a step in chunks of 10 (goal: the published +3.6 or less, {verdict(x <= 3.6)})")
     if (x := f.get("overhead_full_pct")) is not None:
         goals.append(f"{x:+.1f} % unchunked (goal: +15 or less, {verdict(x <= 15)})")
+    if (x := f.get("din_overhead_chunk10_pct")) is not None and (y := f.get("din_overhead_full_pct")) is not None:
+        goals.append(f"around DIN {x:+.1f} and {y:+.1f} %")
     if (x := f.get("two_gpu_speedup")) is not None:
         two = next((f" ({row['measured_on']})" for row in rows if "measured_on" in row), "")
         goals.append(

@@ -1,8 +1,8 @@
 """What the experiments that train on the device share: whole calls of steps, orders of samples, runs kept in files."""
 
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,25 +43,25 @@ class Run:
     device: str = field(default_factory=lambda: jax.local_devices()[0].device_kind)
 
 
-def side_by_side[K, T](
-    jobs: Iterable[tuple[K, Callable[[], T]]], label: str, total: int, loss: Callable[[T], float], unit: str = "models"
-) -> dict[K, T]:
-    """What each of `total` jobs gives, in their order: a thread each for as many as there are processors, since
-    compiling takes longer than training. One that fails keeps those that have not begun from beginning.
-
-    Jobs begin as they come: what makes them may take its time.
-    """
-    found: dict[Future[T], T] = {}
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool, Progress(total, label, unit=unit) as progress:
+def side_by_side[T](
+    jobs: Mapping[str, Callable[[], T]], label: str, loss: Callable[[T], float], unit: str = "models"
+) -> dict[str, T]:
+    """What each job gives, by name and in their order: a thread each for as many as there are processors, since
+    compiling takes longer than training. One that fails keeps those that have not begun from beginning."""
+    found: dict[str, T] = {}
+    with (
+        ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool,
+        Progress(len(jobs), label, unit=unit) as progress,
+    ):
+        begun = {pool.submit(job): name for name, job in jobs.items()}
         try:
-            begun = {pool.submit(job): name for name, job in jobs}
             for done, future in enumerate(as_completed(begun), start=1):
-                found[future] = future.result()
-                progress.update(done, loss=loss(found[future]), count=1)
+                found[begun[future]] = future.result()
+                progress.update(done, loss=loss(future.result()), count=1)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return {name: found[future] for future, name in begun.items()}
+    return {name: found[name] for name in jobs}
 
 
 def saved_run(path: Path, make: Callable[[], Run]) -> Run:

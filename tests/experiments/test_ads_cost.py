@@ -103,26 +103,29 @@ def test_what_is_left_out_says_so_and_figures_are_of_whole_cases_only():
             row = variant.row("whole step") | {"ms": ms + i, "memory_gib": 10.0 + i, "temporaries_gib": 1.0 + i}
             rows.append(row | ({"overhead_pct": 3.0 * i} if i else {}))
             rows.append(variant.row("request") | {"p50_ms": ms, "p99_ms": 2 * ms + i})
-    rows.append(Variant("MHA", 200, 10).row("devices") | {"case": "fixed batch a device", "speedup": 1.9})
+    rows.append(Variant("MHA", 200, 10).row("devices") | {"case": "fixed batch a device", "speedup": 1.9, "devices": 2})
+    rows.append(Variant("DIN", 200, 1).row("whole step") | {"ms": 9.0, "overhead_pct": 12.5})
     rows.append(Variant("MHA", 200, 1).row("dense part") | {"reason": "out of memory"})
     found = ads_cost.summarize(rows, AdsCost(devices=2))
     assert found["overhead_chunk10_pct"] == 3 and found["overhead_full_pct"] == 6
+    assert found["din_overhead_full_pct"] == 12.5 and "din_overhead_chunk10_pct" not in found
     assert found["memory_overhead_chunk10_pct"] == pytest.approx(10) and found["two_gpu_speedup"] == 1.9
     assert found["request_p99_ms_500"] == 17 and "dense_overhead_full_pct" not in found
 
 
 def test_what_two_machines_measured_is_one_result(tmp_path):
     row = {"what": "whole step", "attention": "MHA", "length": 200, "model": "alone", "ms": 4.0, "memory_gib": 1.0}
-    own = [row | {"temporaries_gib": 0.5}]
-    two = [row | {"what": "devices", "case": "fixed batch a device", "speedup": 1.5}]
+    own = [row | {"temporaries_gib": 0.5}, row | {"model": "ADS, chunks of 10", "overhead_pct": 7.0}]
+    two = [row | {"what": "devices", "case": "fixed batch a device", "speedup": 1.5, "devices": 2}]
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     parts = zip(paths, (own, two), ({"step_ms_chunk10": 4.0}, {"two_gpu_speedup": 1.5}))
     for path, rows, found in parts:
         made = results.record("ads_cost", started=results.begin(), seeds=[0], rows=rows, figures=found)
         results.write(path, made)
     outcome = ads_cost.run(AdsCost(joined=tuple(paths), out=tmp_path))
-    assert outcome.figures == {"step_ms_chunk10": 4.0, "two_gpu_speedup": 1.5}
-    first, second = results.read(tmp_path / "result.json").rows
+    assert outcome.figures["overhead_chunk10_pct"] == 7.0, "made of the rows, though the files have it not"
+    assert outcome.figures["step_ms_chunk10"] == 4.0 and outcome.figures["two_gpu_speedup"] == 1.5
+    first, _, second = results.read(tmp_path / "result.json").rows
     assert "measured_on" not in first and second["speedup"] == 1.5
     assert second["measured_on"].startswith("8 x ") and second["commit"] == made.commit
     other = tmp_path / "c.json"

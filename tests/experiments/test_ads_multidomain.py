@@ -142,6 +142,9 @@ def test_all_models_are_compared_and_published(tmp_path, capsys, monkeypatch):
         == (figures["mha_over_dnn_imp"])
     )
     assert len(calls) == 2 * len(MODELS), "what was done is not done again"
+    elsewhere = replace(quick, only=("STAR",), out=tmp_path / "kept", report=False)
+    assert ads_multidomain.run(elsewhere) is None and len(calls) == 2 * len(MODELS) + 2
+    assert not (tmp_path / "kept" / "report.html").exists() and any((tmp_path / "kept" / "models").iterdir())
 
 
 @pytest.mark.parametrize(
