@@ -77,8 +77,8 @@ CLAIMS = (
     Claim("ADS", "ads_multidomain", _ADS.format("CAN"), "can_auc_difference"),
     Claim("ADS", "ads_multidomain", _ADS.format("multi-head"), "mha_auc_difference"),
     Claim("ADS", "ads_multidomain", _ADS.format("DIN"), "din_auc_difference"),
-    Claim("ADS", "ads_cost", "a training step with ADS on multi-head attention, chunks of 10, ms: 4,096 examples of 200 "
-          "behaviours, 10 M items", "step_ms_chunk10", 2),
+    Claim("ADS", "ads_cost", "a training step with ADS on multi-head attention, ms (4,096 x 200 behaviours)",
+          "step_ms_chunk10", 2),
     Claim("ADS", "ads_cost", _MORE + "chunks of 10", "overhead_chunk10_pct", 1, at_most=3.6),
     Claim("ADS", "ads_cost", _MORE + "unchunked", "overhead_full_pct", 1, at_most=15),
     Claim("ADS", "ads_cost", "the same on DIN, chunks of 10", "din_overhead_chunk10_pct", 1, at_most=3.6),
