@@ -196,18 +196,18 @@ def lookup(
       where: elsewhere the result is zeros, and no row has a gradient from there. Padding is best left out so: a
         gradient would be added to its one row time and again, one after the other, on an accelerator.
     """
-    if not isinstance(table, Rows):
-        if where is None:
-            return jnp.take(table, ids, axis=0, mode="clip")
-        inside = jnp.clip(ids, 0, table.shape[0] - 1)
-        return jnp.take(table, jnp.where(where, inside, table.shape[0]), axis=0, mode="fill", fill_value=0)
-    position, size = _position(table, ids), table.values.shape[0]
-    present = jnp.take(table.ids, position, mode="clip") == ids
+    position, present = ids, None
+    values = table.values if isinstance(table, Rows) else table
+    if isinstance(table, Rows):
+        position = _position(table, ids)
+        present = jnp.take(table.ids, position, mode="clip") == ids
+    size = values.shape[0]
     position = jnp.clip(position, 0, size - 1)
     if where is not None:
-        present, position = present | ~where, jnp.where(where, position, size)
-    take = _take_few if size <= FEW else _take
-    return jnp.where(present[..., None], take(table.values, position), MISSING_ROW)
+        position = jnp.where(where, position, size)
+        present = None if present is None else present | ~where
+    vectors: Array = (_take_few if size <= FEW else _take)(values, position)
+    return vectors if present is None else jnp.where(present[..., None], vectors, MISSING_ROW)
 
 
 def embed(
@@ -305,25 +305,18 @@ def _take(values: Float[Array, "n width"], position: Int[Array, "..."]) -> Float
     return jnp.take(values, position, axis=0, mode="fill", fill_value=0)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _take_few(values: Float[Array, "n width"], position: Int[Array, "..."]) -> Float[Array, "... width"]:
-    """`_take` of a few rows, many times each. Its gradient is a sum for each row: a scatter would add to the same few
-    addresses over and over, one after the other."""
+    """`_take` of a few rows, many times each. Its gradient is a sum for each row, a product with ones where a row was
+    taken: a scatter would add to the same few addresses over and over, one after the other."""
     return _take(values, position)
 
 
-def _take_few_forward(values: Array, position: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _take(values, position), (jnp.arange(len(values)), position)
-
-
-def _take_few_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
-    rows, position = saved
-    flat = gradient.reshape(-1, gradient.shape[-1])
-    there = (position.reshape(-1, 1) == rows).astype(flat.dtype)
-    return jnp.einsum("nr,nw->rw", there, flat, precision="highest"), None
-
-
-_take_few.defvjp(_take_few_forward, _take_few_backward)
+@_take_few.defjvp
+def _take_few_tangent(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    values, position = primals
+    there = (position[..., None] == jnp.arange(len(values))).astype(values.dtype)
+    return _take_few(values, position), jnp.einsum("...r,rw->...w", there, tangents[0], precision="highest")
 
 
 def _positive(spec: Any, **values: int) -> None:

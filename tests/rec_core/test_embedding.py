@@ -172,6 +172,22 @@ def test_padding_is_zeros_and_gives_no_gradient(rows, sparse):
     assert not np.any(jax.grad(at_padding)(table))
 
 
+@pytest.mark.parametrize("rows", [5, 200], ids=["few rows", "many"])
+def test_derivatives_of_either_mode_are_those_of_the_plain_look_up(rows):
+    draw = np.random.default_rng(1)
+    table, step = (jnp.asarray(draw.normal(size=(rows, 3)), jnp.float32) for _ in range(2))
+    ids = draw.integers(0, rows, (4, 60))
+
+    def cubes(read):
+        return lambda table: jnp.sum(read(table) ** 3)
+
+    ours, plain = cubes(lambda table: embedding.lookup(table, ids)), cubes(lambda table: table[ids])
+    for derivative in (jax.grad, lambda f: lambda x: jax.jvp(f, (x,), (step,))[1]):
+        np.testing.assert_allclose(derivative(ours)(table), derivative(plain)(table), rtol=2e-5)
+    forward_over_reverse = [jax.jvp(jax.grad(f), (table,), (step,))[1] for f in (ours, plain)]
+    np.testing.assert_allclose(*forward_over_reverse, rtol=2e-5)
+
+
 def test_a_table_does_not_change_when_a_feature_is_added():
     one = embedding.init_tables(jax.random.key(3), SPECS[:1])
     all_of_them = embedding.init_tables(jax.random.key(3), SPECS)
