@@ -12,11 +12,11 @@ Differences of AUC and Imp (ADS, arXiv 2502.05523, equation 14) with paired inte
     python -m experiments ads-multidomain --ml-1m PATH/ml-1m --taobao PATH
     python -m experiments ads-multidomain --no-report --only DIN 'DIN + ADS'   # a share of the models
 
-Every model has the same features, all of one width, E_D among them, and the same layers where its paper has an MLP; it
-has one trial for each of the same pairs of learning rates, of net and tables, a third as long as the final runs, and
-takes the best by validation AUC; the rival that ADS is compared with is chosen by validation AUC too. The test period
-is scored once, by the final runs. MovieLens-1M names no domains: the candidate's category (its first genre) serves, as
-the paper has it on Taobao's data.
+Every model has the same features, all of one width, E_D and each behaviour's position among them, and the same layers
+where its paper has an MLP; it has one trial for each of the same pairs of learning rates, of net and tables, a third as
+long as the final runs, and takes the best by validation AUC; the rival that ADS is compared with is chosen by
+validation AUC too. The test period is scored once, by the final runs. MovieLens-1M names no domains: the candidate's
+category (its first genre) serves, as the paper has it on Taobao's data.
 
 Models that are done are kept, so that several processes, each with an accelerator, may train a share of them in one
 folder (after one of them has made the worlds: `--no-report --only MLR`), and another makes the report of all. On two
@@ -144,15 +144,7 @@ def _publish(config: AdsMultidomain, outcomes: list[Outcome], started: Any) -> r
     findings: list[report.Finding] = []
     headline: list[dict[str, Any]] = []
     by_dial: dict[str, dict[float, Interval]] = {}
-    asked: dict[tuple[str, str, str], Callable[[], Interval]] = {}
-    for done in outcomes:
-        data = done.data
-        for name, tuned in done.tuned.items():
-            given = data.label[data.test], tuned.test, data.user[data.test]
-            asked[data.name, "", name] = partial(statistics.auc_interval, *given, resamples=config.resamples)
-        for a, b in set(_pairs(done).values()):
-            asked[data.name, a, b] = gain(done, a, b, config.resamples)
-    measured = statistics.together(asked)
+    measured = _intervals(outcomes, config)
     for done in outcomes:
         data = done.data
         labels, users = data.label[data.test], data.user[data.test]
@@ -200,6 +192,19 @@ def _publish(config: AdsMultidomain, outcomes: list[Outcome], started: Any) -> r
     path = report.write(config.out / "report.html", text)
     print(f"report: {path}   result: {config.out / 'result.json'}   {outcome.seconds:.0f} s", flush=True)
     return outcome
+
+
+def _intervals(outcomes: list[Outcome], config: AdsMultidomain) -> dict[tuple[str, str, str], Interval]:
+    """By data, base and model: AUC, for which the base is "", and differences of AUC. None waits for another."""
+    asked: dict[tuple[str, str, str], Callable[[], Interval]] = {}
+    for done in outcomes:
+        data = done.data
+        for name, tuned in done.tuned.items():
+            given = data.label[data.test], tuned.test, data.user[data.test]
+            asked[data.name, "", name] = partial(statistics.auc_interval, *given, resamples=config.resamples)
+        for a, b in _pairs(done).values():
+            asked[data.name, a, b] = gain(done, a, b, config.resamples)
+    return statistics.together(asked)
 
 
 def _pairs(done: Outcome) -> dict[str, tuple[str, str]]:

@@ -64,7 +64,9 @@ def make_impressions(
     The explicit domain is the source's; where it has none, the candidate's category, as the paper has it on Taobao's
     data. The implicit one is how many behaviours the user has by then, cut at powers of two. Networks with layers for
     each domain (STAR, PLE) have them for the commonest (`GROUPS`). Where the source has domains, each behaviour and the
-    candidate carry theirs ("place"), for every model. All features have one width, which the networks over fields need.
+    candidate carry theirs ("place"), for every model. So does each behaviour its position, the newest's 1 (the
+    candidate's is 0): the chunks of ADS know theirs, and what that gains is not the domain's. All features have one
+    width, which the networks over fields need.
 
     Args:
       length: behaviours that every model reads, the newest.
@@ -82,6 +84,12 @@ def make_impressions(
     activity = (samples.end - samples.start)[index].astype(np.float32)
     group, groups = group_domains(domain, domains, len(newest))
     read = rank_batch(problem, index, np.ones(len(index), np.float32), None, length)
+    position = (np.arange(length, 0, -1) * np.asarray(read.mask)).astype(np.int32)
+    read = replace(
+        read,
+        sequence={**read.sequence, "position": position},
+        target={**read.target, "position": np.zeros_like(domain)},
+    )
     if own:  # where each behaviour happened, and where the candidate is shown
         place, mask = problem.behaviors.history(samples.start[index], samples.end[index], length)
         where = (problem.behaviors.columns["domain"][place] * mask).astype(np.int32)
@@ -92,7 +100,7 @@ def make_impressions(
         context={"domain": domain, "activity": activity, "group": group},
     )
     fields = {name: sizes[name] for name in ("item", "category", "feedback") if name in read.target}
-    fields |= {"place": domains} if own else {}
+    fields |= {"position": length + 1, **({"place": domains} if own else {})}
     settings: dict[str, Any] = {
         "item_features": tuple(Categorical(name, size, width) for name, size in fields.items()),
         "user_features": (

@@ -42,6 +42,9 @@ def test_impressions_are_the_samples_with_what_is_strictly_older(problem, data):
         assert (behaviors.columns["time"][older] < samples.time[row]).all()
         np.testing.assert_array_equal(columns.sequence["item"][n][columns.mask[n]], behaviors.columns["item"][older])
         assert columns.context["domain"][n] in samples.domain[own]
+        there = columns.sequence["position"][n][columns.mask[n]]
+        np.testing.assert_array_equal(there, np.arange(len(older), 0, -1))
+        assert columns.target["position"][n] == 0 and not columns.sequence["position"][n][~columns.mask[n]].any()
         times.append((n, samples.time[row]))
     assert max(t for n, t in times if n < 256) < min(t for n, t in times if n in data.test)
     assert data.settings["domains"] == problem.behaviors.sizes["domain"]
@@ -51,7 +54,7 @@ def test_every_model_is_built_on_the_same_features(data):
     for name in MODELS:
         model, config = model_config(data, name, SETTINGS)
         shapes = jax.eval_shape(lambda model=model, config=config: model.init(jax.random.key(0), config))
-        assert {"item", "category", "user", "domain", "activity"} <= shapes["tables"].keys()
+        assert {"item", "category", "user", "domain", "activity", "position"} <= shapes["tables"].keys()
     for attention in ATTENTIONS:
         assert set(rivals(attention)) <= MODELS.keys()
         control, personal = (
