@@ -1,6 +1,6 @@
 """How many neighbouring behaviours should share a query of ADS: what smaller chunks gain, and what they cost.
 
-    python -m experiments ads-chunks                     # for an accelerator: two minutes of an H200
+    python -m experiments ads-chunks                     # for an accelerator
     python -m experiments ads-chunks --quick             # sizes of a test: only shows that everything works
 
 Gain: AUC of multi-head attention alone and with ADS at 1, 2, 5 and 10 items a chunk, on the synthetic world whose

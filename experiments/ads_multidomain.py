@@ -268,5 +268,5 @@ def _dial_panel(by_dial: dict[str, dict[float, Interval]], config: AdsMultidomai
         y_label="difference of AUC, paired",
     )  # fmt: skip
     text = "At 0 the domains do not differ: what is gained there is capacity."
-    shown = {"interval": "95 %, bootstrap over users and seeds", "seeds": config.seeds}
+    shown: dict[str, Any] = {"interval": "95 %, bootstrap over users and seeds", "seeds": config.seeds}
     return [report.Panel("Gain along the domain dial", svg, text, **shown)]

@@ -60,6 +60,9 @@ def test_a_claim_says_what_was_measured_where(tmp_path):
     ]  # fmt: skip
     assert claim("faster", 1, at_most=1.25).line(result) == ["ADS", "what", "1.2", "1.25: reached", on, file]
     assert claim("gain", 1).line(result) == ["ADS", "what", "+3.0 [-1.0, +7.0] (0)", "", on, file]
+    for far, said in ((6.9, "missed"), (7, "reached")):
+        goal = f"within {far} of 0: {said}"
+        assert claim("gain", 1, within=far).line(result) == ["ADS", "what", "+3.0 [-1.0, +7.0] (0)", goal, on, file]
     assert claim(("world", "a - b"), published="+1").line(result) == [
         "ADS", "what", "-0.0200 [-0.0300, -0.0100] (lost)", "published +1", on, file,
     ]  # fmt: skip
