@@ -1,0 +1,245 @@
+"""Multi-head target attention in one pass on a GPU, beside what XLA makes of it: the times behind its table of shapes.
+
+    python -m experiments multi-head-bench            # for an NVIDIA GPU; a minute or two
+    python -m experiments multi-head-bench --quick    # interpreted, on any machine: only shows that everything works
+
+Cases: at each length a query for all behaviours, and, with ADS's linear map of the behaviours left to the attention, a
+query for each chunk. Contenders: XLA, the kernels as `rec_core.interest` takes them ("as taken"), and both kernels in
+one shape each (behaviours in a block / warps / stages). Behaviours are bfloat16, half to all of their slots filled.
+Each answer and gradient is first compared with XLA's; a contender that is off is not timed. Times are of the forward
+pass, and of forward and backward together, in turn within a repeat.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from experiments import figures, progress, report, results
+from experiments.results import Row
+from experiments.steps import timing
+from rec_core.interest import MultiHead, multi_head_gpu
+from rec_core.interest.multi_head import Mapped
+from rec_core.interest.multi_head_gpu import Shape, Tuning
+
+OFF = 0.02  # of the largest number, by which a bfloat16 answer or gradient may differ from XLA's
+
+
+@dataclass(frozen=True)
+class MultiHeadBench:
+    """Settings.
+
+    Attributes:
+      shapes: of both kernels, as block/warps/stages.
+      lengths: behaviours. items: of a chunk, which share a query.
+      batch: examples. width: of a behaviour. heads: of so many units each, 16.
+      steps: calls of a measurement. repeats: measurements.
+      quick: sizes of a test, interpreted.
+      out: folder for result.json and report.html.
+    """
+
+    shapes: tuple[str, ...] = ("64/4/1", "64/2/1", "32/2/1", "32/2/2", "32/1/1", "32/1/2")
+    lengths: tuple[int, ...] = (200, 1000)
+    items: int = 10
+    batch: int = 4096
+    width: int = 64
+    heads: int = 4
+    steps: int = 10
+    repeats: int = 5
+    quick: bool = False
+    out: Path = Path("runs/multi_head_bench")
+
+    def __post_init__(self) -> None:
+        for given in self.shapes:
+            parts = given.split("/")
+            if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+                raise ValueError(f"shapes has {given!r}; give block/warps/stages, such as 64/4/1")
+        for name in ("items", "batch", "width", "heads", "steps", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if not self.lengths or any(length < 1 or length % self.items for length in self.lengths):
+            raise ValueError(f"lengths is {self.lengths}; give at least one, of whole chunks of {self.items}")
+
+
+QUICK: dict[str, Any] = {
+    "shapes": ("16/1/1",), "lengths": (40,), "batch": 3, "width": 16, "heads": 2, "steps": 1, "repeats": 2,
+}  # fmt: skip
+WIDTH = 16  # of a head
+
+
+@dataclass(frozen=True)
+class Case:
+    length: int
+    groups: int  # queries of an example
+    mapped: bool  # a linear map of the behaviours is left to the attention
+
+    @property
+    def name(self) -> str:
+        asked = "a query" if self.groups == 1 else f"{self.groups} queries"
+        return f"{self.length:,} behaviours, {asked}{', a map' * self.mapped}"
+
+
+def run(config: MultiHeadBench) -> results.Result:
+    """Case by case: compiles, compares, times; prints the tables, writes result and report."""
+    if config.quick:
+        config = MultiHeadBench(**(vars(config) | QUICK))
+    elif not multi_head_gpu.runs("bfloat16", (config.batch, config.lengths[0], config.width), config.heads):
+        raise ValueError("the kernels do not run here: they want an NVIDIA GPU and such sizes (`multi_head_gpu.runs`)")
+    started, rows = results.begin(), list[Row]()
+    for length in config.lengths:
+        for case in (Case(length, length // config.items, True), Case(length, 1, False)):
+            found = measure(config, case)
+            print(f"{case.name}\n{progress.table(found)}\n", flush=True)
+            rows += found
+    outcome = results.record("multi_head_bench", started=started, seeds=[0], rows=rows, figures=summarize(rows, config))
+    results.write(config.out / "result.json", outcome)
+    report.write(config.out / "report.html", page(outcome))
+    print(f"report: {config.out / 'report.html'}   result: {config.out / 'result.json'}   {outcome.seconds:.0f} s")
+    return outcome
+
+
+def measure(config: MultiHeadBench, case: Case) -> list[Row]:
+    """A row a contender: milliseconds of both kinds of pass, and how far its numbers are from XLA's."""
+    given, rows = inputs(config, case), list[Row]()
+    passes = {"forward": forward, "both": gradients}
+    lower: dict[tuple[str, str], Callable[[], Any]] = {}
+    for name, tuning in contenders(config, case).items():
+        for what, make in passes.items():
+            lower[name, what] = partial(jax.jit(partial(make, config, tuning)).lower, *given)
+    programs = timing.compile_all(lower, log=lambda _: None)
+    exact = {what: programs["XLA", what].call(*given) for what in passes}
+    off: dict[str, float] = {}
+    for name, what in lower:
+        if programs[name, what].call is not None:
+            off[name] = max(off.get(name, 0.0), distance(programs[name, what].call(*given), exact[what]))
+    ms: dict[str, dict[str, np.ndarray]] = {}
+    for what in passes:
+        right = {name: programs[name, what] for name in off if off[name] <= OFF}
+        timed = {name: partial(_time, program.call, given, config.steps) for name, program in right.items()}
+        ms[what], _ = timing.in_turn(timed, config.repeats)
+    for name in dict.fromkeys(name for name, _ in lower):
+        row: Row = {"case": case.name, "length": case.length, "mapped": case.mapped, "contender": name}
+        if name in ms["both"]:
+            row |= {"forward_ms": float(np.median(ms["forward"][name])), **timing.summary(ms["both"][name], None)}
+            row |= {"speedup": float(np.median(ms["both"]["XLA"] / ms["both"][name])), "off": off[name]}
+        else:
+            why = next((programs[name, what].reason for what in passes if programs[name, what].reason), "")
+            row["reason"] = why or f"off by {off[name]:.3f} of the largest number"
+        rows.append(row)
+    return rows
+
+
+def contenders(config: MultiHeadBench, case: Case) -> dict[str, Tuning | None]:
+    """XLA (None), the kernels as taken, and those of each shape."""
+    taken = multi_head_gpu.MAPPED if case.mapped else multi_head_gpu.DEFAULT
+    found: dict[str, Tuning | None] = {"XLA": None, "as taken": taken._replace(interpret=config.quick)}
+    for given in config.shapes:
+        shape = Shape(*map(int, given.split("/")))
+        found[given] = Tuning(shape, shape, config.quick)
+    return found
+
+
+def inputs(config: MultiHeadBench, case: Case) -> tuple[Any, ...]:
+    """Behaviours, zeros at padding; their map; queries; the values' matrix; and the mask."""
+    draw = np.random.default_rng(0)
+    size, d = config.batch, config.width
+
+    def some(*shape: int, scale: float = 1.0) -> Array:
+        key = jax.random.key(int(draw.integers(2**31)))
+        return scale * jax.random.normal(key, shape, jnp.bfloat16)
+
+    mask = jnp.asarray(np.arange(case.length) >= draw.integers(0, case.length // 2 + 1, (size, 1)))
+    sequence = jnp.where(mask[..., None], some(size, case.length, d), 0)
+    linear = (jnp.eye(d, dtype=jnp.bfloat16) + some(size, d, d, scale=0.1), some(size, d)) if case.mapped else None
+    queries = some(size, case.groups, config.heads, d, scale=0.2)
+    return sequence, linear, queries, some(d, config.heads, WIDTH, scale=0.2), mask
+
+
+def forward(
+    config: MultiHeadBench,
+    tuning: Tuning | None,
+    sequence: Array,
+    linear: Any,
+    queries: Array,
+    value: Array,
+    mask: Array,
+) -> Array:
+    if tuning is not None:
+        return multi_head_gpu.attend(sequence, mask, linear, queries, value, tuning)
+    module = MultiHead(config.heads, WIDTH, dtype="bfloat16")
+    params = {"params": {"value": {"kernel": value.astype(jnp.float32)}}}
+    read: Any = module.apply(params, Mapped(sequence, mask, linear), queries, method="attend")
+    return read
+
+
+def gradients(
+    config: MultiHeadBench,
+    tuning: Tuning | None,
+    sequence: Array,
+    linear: Any,
+    queries: Array,
+    value: Array,
+    mask: Array,
+) -> tuple[Array, Any]:
+    """The answer, and the gradients of behaviours, map, queries and values, for a slope that is the same for all."""
+
+    def read(sequence: Array, linear: Any, queries: Array, value: Array) -> Array:
+        return forward(config, tuning, sequence, linear, queries, value, mask)
+
+    answer, pull = jax.vjp(read, sequence, linear, queries, value)
+    slope = jnp.cos(jnp.arange(answer.size, dtype=jnp.float32)).reshape(answer.shape).astype(answer.dtype)
+    return answer, pull(slope)
+
+
+def distance(got: Any, wanted: Any) -> float:
+    """The largest difference in any array, in parts of its largest number; infinite where one is not finite."""
+    worst = 0.0
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        apart = float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
+        worst = max(worst, apart if np.isfinite(apart) else np.inf)
+    return worst
+
+
+def _time(call: Any, given: tuple[Any, ...], steps: int) -> float:
+    """Milliseconds a call."""
+    began = time.perf_counter()
+    for _ in range(steps):
+        made = call(*given)
+    jax.block_until_ready(made)
+    return 1000 * (time.perf_counter() - began) / steps
+
+
+def summarize(rows: list[Row], config: MultiHeadBench) -> dict[str, float]:
+    """What the kernels as taken gain over XLA, forward and backward; of the sizes of a test named small_..."""
+    start = "small_" * config.quick
+    return {
+        f"{start}speedup_{row['length']}{'_mapped' * bool(row['mapped'])}": float(row["speedup"] or 0)
+        for row in rows
+        if row["contender"] == "as taken" and "speedup" in row
+    }
+
+
+def page(outcome: results.Result) -> str:
+    """The report."""
+    panels = []
+    for case in dict.fromkeys(str(row["case"]) for row in outcome.rows):
+        values = {
+            str(row["contender"]): float(row["ms"] or 0) for row in outcome.rows if row["case"] == case and "ms" in row
+        }
+        drawn = figures.bars(values, title=case, x_label="milliseconds, forward and backward", digits=3)
+        panels.append(report.Panel(case, drawn, "Medians; contenders in turn within each repeat."))
+    return report.page(
+        outcome,
+        "Multi-head target attention in one pass",
+        lead="Kernels beside XLA on the same behaviours; each answer and gradient was compared with XLA's first.",
+        headline=outcome.rows,
+        panels=panels,
+    )
