@@ -39,6 +39,7 @@ from experiments.steps.multidomain import Impressions, make_impressions
 from experiments.steps.problem import Problem, make_problem
 from rec_core import metrics
 
+Pairs = dict[str, tuple[str, str]]
 SHOWN_DOMAINS = 10  # the largest of them; the mean over all is shown beside
 PUBLISHED = (
     "Published on Taobao's data, where the text does not say whether Imp or differences of AUC: attention over DNN "
@@ -108,16 +109,10 @@ def imp_of(difference: Interval, base: float) -> Interval:
     return replace(difference, mean=imp(difference.mean), low=low, high=high, per_seed=per_seed)
 
 
-def mean_auc(done: Outcome, name: str, period: str = "test") -> float:
-    """Mean over seeds of a model's AUC in the validation or the test period."""
-    logits, index = getattr(done.tuned[name], period), getattr(done.data, period)
-    return float(np.mean([metrics.auc(done.data.label[index], row) for row in logits]))
-
-
 def best_rival(done: Outcome, attention: str) -> str | None:
     """The rival on this attention with the best validation AUC; None where none was trained."""
     there = [name for name in rivals(attention) if name in done.tuned]
-    return max(there, key=lambda name: mean_auc(done, name, "valid")) if there else None
+    return max(there, key=done.valid_auc.__getitem__) if there else None
 
 
 def domain_rows(done: Outcome, name: str) -> list[results.Row]:
@@ -144,33 +139,34 @@ def _publish(config: AdsMultidomain, outcomes: list[Outcome], started: Any) -> r
     findings: list[report.Finding] = []
     headline: list[dict[str, Any]] = []
     by_dial: dict[str, dict[float, Interval]] = {}
-    measured = _intervals(outcomes, config)
+    pairs = {done.data.name: _pairs(done) for done in outcomes}
+    measured = _intervals(outcomes, pairs, config)
     for done in outcomes:
         data = done.data
         labels, users = data.label[data.test], data.user[data.test]
         intervals = {name: measured[data.name, "", name] for name in done.tuned}
         for name, tuned in done.tuned.items():
             shared: results.Row = {"data": data.name, "model": name, **tuned.best}
-            shared |= {"parameters": done.parameters[name], "valid_auc": mean_auc(done, name, "valid")}
+            shared |= {"parameters": done.parameters[name], "valid_auc": done.valid_auc[name]}
             shared["device"] = done.trained_on[name]
-            rows += [shared | {"seed": i, "test_auc": metrics.auc(labels, x)} for i, x in enumerate(tuned.test)]
+            rows += [shared | {"seed": i, "test_auc": auc} for i, auc in enumerate(intervals[name].per_seed)]
             rows += domain_rows(done, name)
             headline.append(
                 {"data": data.name, "model": name, "AUC": intervals[name].mean, "low": intervals[name].low}
                 | {"high": intervals[name].high, **tuned.best, "parameters": done.parameters[name]}
             )
         oracle = None if data.probability is None else metrics.auc(labels, data.probability[data.test])
-        found = {(a, b): value for (of, a, b), value in measured.items() if of == data.name and a}
-        compared = _compare(done, found, rows, numbers if data.name == world_name(config.main) else {})
-        if data.name == world_name(config.main) and oracle is not None:
+        main = data.name == world_name(config.main)
+        compared = _compare(data.name, pairs[data.name], measured, rows, numbers if main else {})
+        if main and oracle is not None:
             numbers["oracle_auc"] = oracle
         if data.name == world_name(0.0):
             _at_zero(compared, numbers)
         for dial in (dial for dial in config.dials if data.name == world_name(dial)):
             for what, value in compared.items():
                 by_dial.setdefault(what, {})[dial] = value
-        over_rival = {f"{attention} + ADS - {best_rival(done, attention)}" for attention in ATTENTIONS}
-        findings += [report.difference(f"{data.name}: {x}", compared[x]) for x in compared if x in over_rival]
+        rivals = [pairs[data.name][key] for key in map(str.lower, ATTENTIONS) if key in pairs[data.name]]
+        findings += [report.difference(f"{data.name}: {b} - {a}", compared[f"{b} - {a}"]) for a, b in rivals]
         counts: dict[str, Any] = {"samples": len(labels), "users": len(np.unique(users)), "seeds": config.seeds}
         shown = {"interval": "95 %, bootstrap over users and seeds", **counts}
         bars = figures.auc_bars(intervals, oracle=oracle, title=f"AUC on {data.name}")
@@ -194,7 +190,9 @@ def _publish(config: AdsMultidomain, outcomes: list[Outcome], started: Any) -> r
     return outcome
 
 
-def _intervals(outcomes: list[Outcome], config: AdsMultidomain) -> dict[tuple[str, str, str], Interval]:
+def _intervals(
+    outcomes: list[Outcome], pairs: dict[str, Pairs], config: AdsMultidomain
+) -> dict[tuple[str, str, str], Interval]:
     """By data, base and model: AUC, for which the base is "", and differences of AUC. None waits for another."""
     asked: dict[tuple[str, str, str], Callable[[], Interval]] = {}
     for done in outcomes:
@@ -202,12 +200,12 @@ def _intervals(outcomes: list[Outcome], config: AdsMultidomain) -> dict[tuple[st
         for name, tuned in done.tuned.items():
             given = data.label[data.test], tuned.test, data.user[data.test]
             asked[data.name, "", name] = partial(statistics.auc_interval, *given, resamples=config.resamples)
-        for a, b in _pairs(done).values():
+        for a, b in pairs[data.name].values():
             asked[data.name, a, b] = gain(done, a, b, config.resamples)
     return statistics.together(asked)
 
 
-def _pairs(done: Outcome) -> dict[str, tuple[str, str]]:
+def _pairs(done: Outcome) -> Pairs:
     """The comparisons of one data set, by key: the base and what is compared with it, where both were trained."""
     wanted: dict[str, tuple[str | None, str]] = {}
     for attention in ATTENTIONS:
@@ -221,21 +219,25 @@ def _pairs(done: Outcome) -> dict[str, tuple[str, str]]:
 
 
 def _compare(
-    done: Outcome, found: dict[tuple[str, str], Interval], rows: list[results.Row], numbers: dict[str, float]
+    data: str,
+    pairs: Pairs,
+    measured: dict[tuple[str, str, str], Interval],
+    rows: list[results.Row],
+    numbers: dict[str, float],
 ) -> dict[str, Interval]:
     """The comparisons of one data set by what is subtracted; their rows, and the figures of the main one."""
-    for key, (a, b) in _pairs(done).items():
-        difference, base = found[a, b], mean_auc(done, a)
+    for key, (a, b) in pairs.items():
+        difference, base = measured[data, a, b], measured[data, "", a].mean
         values = {"auc_difference": difference}
         if base > 0.5:  # below, Imp is not defined
             values["imp"] = imp_of(difference, base)
-        row: results.Row = {"data": done.data.name, "comparison": key, "model": b, "base": a}
+        row: results.Row = {"data": data, "comparison": key, "model": b, "base": a}
         for name, value in values.items():
             parts = {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
             row |= parts
             numbers.update({f"{key}_{part}": x for part, x in parts.items()})
         rows.append(row)
-    return {f"{b} - {a}": value for (a, b), value in found.items()}
+    return {f"{b} - {a}": measured[data, a, b] for a, b in pairs.values()}
 
 
 def _at_zero(compared: dict[str, Interval], numbers: dict[str, float]) -> None:

@@ -15,6 +15,7 @@ import ads_jax
 from experiments.steps import multidomain
 from experiments.steps.multidomain import Impressions, Tuned
 from experiments.steps.runs import Run, saved_run, settings_for, side_by_side
+from rec_core import metrics
 from rec_core.data.world import World
 from rec_core.embedding import Categorical
 from rec_core.interest.can import parameters
@@ -157,10 +158,12 @@ def model_config(data: Impressions, name: str, settings: AdsMultidomain) -> tupl
 
 @dataclass
 class Outcome:
-    """What one data set gave: every model's trials and logits, and its parameters beside the tables."""
+    """What one data set gave: every model's trials and logits, its validation AUC, mean over seeds, and its parameters
+    beside the tables."""
 
     data: Impressions
     tuned: dict[str, Tuned] = field(default_factory=dict)
+    valid_auc: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     trained_on: dict[str, str] = field(default_factory=dict)
 
@@ -193,9 +196,11 @@ def train_all(data: Impressions, config: AdsMultidomain) -> Outcome:
     runs = side_by_side(
         {name: partial(one, name) for name in names}, data.name, lambda found: float(found.losses[-1].mean())
     )
+    valid = data.label[data.valid]
     for name in names:
         found, (model, own) = runs[name], model_config(data, name, config)
         done.tuned[name] = Tuned(losses=found.losses, test=found.logits, **found.params)
+        done.valid_auc[name] = float(np.mean([metrics.auc(valid, logits) for logits in done.tuned[name].valid]))
         done.trained_on[name] = found.device
         shapes = jax.eval_shape(lambda model=model, own=own: model.init(jax.random.key(0), own))
         done.parameters[name] = cost.parameters(shapes)["rest"]

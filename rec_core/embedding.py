@@ -206,7 +206,7 @@ def lookup(
     if where is not None:
         position = jnp.where(where, position, size)
         present = None if present is None else present | ~where
-    vectors: Array = (_take_few if size <= FEW else _take)(values, position)
+    vectors: Array = (_take_few if size <= FEW else take_rows)(values, position)
     return vectors if present is None else jnp.where(present[..., None], vectors, MISSING_ROW)
 
 
@@ -217,7 +217,7 @@ def embed(
     parts = []
     for spec in specs:
         rows = indices(spec, raw)
-        there = where if where is None else jnp.broadcast_to(_at_end(where, rows.ndim), rows.shape)
+        there = None if where is None else jnp.broadcast_to(_at_end(where, rows.ndim), rows.shape)
         vectors = lookup(tables[table_name(spec)], rows, where=there)
         if isinstance(spec, Hashed | Cross):  # [..., hashes, table width]
             flat = (*vectors.shape[:-2], spec.width)
@@ -300,16 +300,11 @@ def _at_end(x: Array, ndim: int) -> Array:
     return x.reshape(*x.shape, *[1] * (ndim - x.ndim))
 
 
-def _take(values: Float[Array, "n width"], position: Int[Array, "..."]) -> Float[Array, "... width"]:
-    """Rows by position; zeros past the end."""
-    return jnp.take(values, position, axis=0, mode="fill", fill_value=0)
-
-
 @jax.custom_jvp
 def _take_few(values: Float[Array, "n width"], position: Int[Array, "..."]) -> Float[Array, "... width"]:
-    """`_take` of a few rows, many times each. Its gradient is a sum for each row, a product with ones where a row was
+    """`take_rows` of a few rows, many times each. Its gradient is a sum for each row, a product with ones where it was
     taken: a scatter would add to the same few addresses over and over, one after the other."""
-    return _take(values, position)
+    return take_rows(values, position)
 
 
 @_take_few.defjvp

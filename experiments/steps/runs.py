@@ -43,15 +43,13 @@ class Run:
     device: str = field(default_factory=lambda: jax.local_devices()[0].device_kind)
 
 
-def side_by_side[T](
-    jobs: Mapping[str, Callable[[], T]], label: str, loss: Callable[[T], float], unit: str = "models"
-) -> dict[str, T]:
-    """What each job gives, by name and in their order: a thread each for as many as there are processors, since
-    compiling takes longer than training. One that fails keeps those that have not begun from beginning."""
+def side_by_side[T](jobs: Mapping[str, Callable[[], T]], label: str, loss: Callable[[T], float]) -> dict[str, T]:
+    """The models that the jobs train, by name and in their order: a thread each for as many as there are processors,
+    since compiling takes longer than training. One that fails keeps those that have not begun from beginning."""
     found: dict[str, T] = {}
     with (
         ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool,
-        Progress(len(jobs), label, unit=unit) as progress,
+        Progress(len(jobs), label, unit="models") as progress,
     ):
         begun = {pool.submit(job): name for name, job in jobs.items()}
         try:

@@ -5,6 +5,7 @@ import pytest
 
 from experiments import multi_head_bench, results
 from experiments.multi_head_bench import MultiHeadBench
+from experiments.steps import timing
 from rec_core.interest import multi_head_gpu
 
 
@@ -35,6 +36,16 @@ def test_what_is_off_is_not_timed(tmp_path, monkeypatch):
     rows = multi_head_bench.measure(config, multi_head_bench.Case(40, 1, False))
     assert [("ms" in row, "reason" in row) for row in rows] == [(True, False), (True, False), (False, True)]
     assert rows[2]["reason"].startswith("off by 0.0")
+
+    compiled = timing.compile_all
+
+    def failed(lower, log):
+        found = compiled(lower, log=log)
+        return found | {("as taken", "both"): timing.Program(None, "no room")}
+
+    monkeypatch.setattr(timing, "compile_all", failed)
+    rows = multi_head_bench.measure(config, multi_head_bench.Case(40, 1, False))
+    assert "ms" in rows[0] and [row.get("reason", "")[:7] for row in rows] == ["", "no room", "off by "]
     assert multi_head_bench.distance(np.array([1.0, np.nan]), np.ones(2)) == np.inf
 
 
@@ -46,6 +57,7 @@ def test_what_is_off_is_not_timed(tmp_path, monkeypatch):
         ({"lengths": (205,)}, "of whole chunks of 10"),
         ({"lengths": ()}, "give at least one"),
         ({"repeats": 0}, "repeats is 0"),
+        ({"items": 5}, "items is 5: below 8"),
     ],
 )
 def test_impossible_settings_are_refused(change, message):
