@@ -258,7 +258,7 @@ def distinct(ids: Int[Array, "..."], rows: int) -> Int[Array, " n"]:
 
 def take_rows(table: Float[Array, "rows width"], ids: Int[Array, "..."]) -> Float[Array, "... width"]:
     """Rows of a table; zeros for ids past its end."""
-    return table.at[ids].get(mode="fill", fill_value=0)
+    return jnp.take(table, ids, axis=0, mode="fill", fill_value=0)
 
 
 def gather_rows(table: Float[Array, "rows width"], ids: Int[Array, "..."]) -> Rows:
