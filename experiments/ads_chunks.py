@@ -28,9 +28,9 @@ from experiments.statistics import Interval
 from experiments.steps import ads_scale, ads_step, multidomain, timing
 from experiments.steps.ads_scale import Sizes
 from experiments.steps.ads_step import Variant
-from experiments.steps.multidomain import CALL, Impressions, Tuned
+from experiments.steps.multidomain import Impressions, Tuned
 from experiments.steps.problem import make_problem
-from experiments.steps.runs import settings_for, side_by_side
+from experiments.steps.runs import side_by_side
 from rec_core import metrics
 from rec_core.ranking import cost
 from rec_core.sharding import make_mesh
@@ -44,7 +44,7 @@ class AdsChunks:
       items: behaviours that share a query, one model each; the attention alone is always there.
       attention: "MHA", "DIN" or "CAN".
       train_samples, test_samples: impressions of the world learned from, and each of validation and test.
-      seeds: final runs at the best learning rates of `ads-multidomain`'s trials. batch_size: of Adam.
+      seeds: final runs at the best learning rates and number of epochs of `ads-multidomain`'s. batch_size: of Adam.
       length: behaviours of the step that is timed. steps: of a measurement. repeats: measurements.
       quick: sizes of a test.
       out: folder for result.json, written after each part, report.html and the world.
@@ -149,15 +149,12 @@ def make_data(config: AdsChunks) -> tuple[Impressions, AdsMultidomain]:
 def train_all(config: AdsChunks, data: Impressions, world: AdsMultidomain) -> dict[str, Tuned]:
     """Every variant tuned and trained, side by side, since compiling takes longer than training."""
     size = min(config.batch_size, len(data.train))
-    settings, trial = (
-        settings_for(len(data.train), size, epochs, CALL) for epochs in (world.epochs, world.trial_epochs)
-    )
 
     def one(variant: Variant) -> Tuned:
         name = config.attention if variant.items is None else f"{config.attention} + ADS"
         module, model = model_config(data, name, replace(world, items_per_chunk=variant.items or 1))
         return multidomain.tune_and_train(
-            data, module, model, settings, trial=trial, rates=world.trials, seeds=config.seeds, batch_size=size
+            data, module, model, epochs=world.epochs, rates=world.trials, seeds=config.seeds, batch_size=size
         )
 
     jobs = {variant.name: partial(one, variant) for variant in config.variants}

@@ -14,7 +14,7 @@ import numpy as np
 import ads_jax
 from experiments.steps import multidomain
 from experiments.steps.multidomain import Impressions, Tuned
-from experiments.steps.runs import Run, saved_run, settings_for, side_by_side
+from experiments.steps.runs import Run, saved_run, side_by_side
 from rec_core import metrics
 from rec_core.data.world import World
 from rec_core.embedding import Categorical
@@ -35,7 +35,7 @@ class AdsMultidomain:
       ml_1m, taobao: where MovieLens-1M and Taobao's UserBehavior lie; without them the world alone.
       users, items, mean_length: of the world (`rec_core.data.world`).
       train_samples, test_samples: impressions learned from, and each of validation and test.
-      epochs: over the training samples. trial_epochs: of the trials of learning rates.
+      epochs: over the training samples, of which a model takes the best number; trials are as long as the first.
       length: behaviours that every model reads. items_per_chunk: of ADS, that share a query.
       width: of every feature's vector.
       rates: learning rates of the net. table_factors: of the tables, as multiples of that. Every pair is a trial, the
@@ -57,8 +57,7 @@ class AdsMultidomain:
     mean_length: float = 120.0
     train_samples: int = 800_000
     test_samples: int = 100_000
-    epochs: float = 3.0
-    trial_epochs: float = 1.0
+    epochs: tuple[float, ...] = (1.0, 3.0)
     length: int = 50
     items_per_chunk: int = 10
     width: int = 16
@@ -72,7 +71,7 @@ class AdsMultidomain:
         unknown = [name for name in self.only if name not in MODELS]
         if unknown:
             raise ValueError(f"only={unknown}: there is no such model; there are {', '.join(map(repr, MODELS))}")
-        for name in ("rates", "table_factors"):
+        for name in ("epochs", "rates", "table_factors"):
             given = getattr(self, name)
             if not given or min(given) <= 0:
                 raise ValueError(f"{name}={given}: must be at least one number above 0")
@@ -96,8 +95,8 @@ class AdsMultidomain:
 
 
 QUICK: dict[str, Any] = {
-    "users": 60, "items": 100, "mean_length": 20.0, "train_samples": 2048, "test_samples": 400, "epochs": 4.0,
-    "trial_epochs": 2.0, "length": 8, "items_per_chunk": 3, "width": 4, "dials": (0.0, 0.4), "rates": (2e-3, 8e-3),
+    "users": 60, "items": 100, "mean_length": 20.0, "train_samples": 2048, "test_samples": 400, "epochs": (2.0, 4.0),
+    "length": 8, "items_per_chunk": 3, "width": 4, "dials": (0.0, 0.4), "rates": (2e-3, 8e-3),
     "table_factors": (1.0,), "seeds": 2, "batch_size": 64, "resamples": 40,
     "only": ("DNN", "STAR", "DIN", "DIN + PEPNet", "DIN + ADS"),
 }  # fmt: skip
@@ -173,22 +172,19 @@ def train_all(data: Impressions, config: AdsMultidomain) -> Outcome:
     `out`/models: a stopped run goes on from there."""
     done = Outcome(data)
     size = min(config.batch_size, len(data.train))
-    settings, trial = (
-        settings_for(len(data.train), size, epochs, multidomain.CALL) for epochs in (config.epochs, config.trial_epochs)
-    )
     names = config.only or tuple(MODELS)
     arrays = [data.batch.label, data.batch.target["item"], data.batch.mask, data.domain]
     identity = zlib.crc32(b"".join(np.asarray(x).tobytes() for x in arrays))
 
     def one(name: str) -> Run:
         model, own = model_config(data, name, config)
-        point = repr((identity, model.__name__, own, settings, trial, config.trials, config.seeds, size))
+        point = repr((identity, model.__name__, own, config.epochs, config.trials, config.seeds, size))
 
         def run() -> Run:
             found = multidomain.tune_and_train(
-                data, model, own, settings, trial=trial, rates=config.trials, seeds=config.seeds, batch_size=size
+                data, model, own, epochs=config.epochs, rates=config.trials, seeds=config.seeds, batch_size=size
             )
-            tried = {"rates": found.rates, "trials": found.trials, "valid": found.valid}
+            tried = {name: value for name, value in vars(found).items() if name not in ("losses", "test")}
             return Run(tried, found.losses, found.test)
 
         return saved_run(config.out / "models" / f"{data.name}-{zlib.crc32(point.encode()):08x}.npz", run)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from experiments.steps.problem import Problem
 from experiments.steps.rank import rank_batch
-from experiments.steps.runs import order
+from experiments.steps.runs import order, settings_for
 from rec_core import metrics, optimizers, training
 from rec_core.embedding import Categorical, Continuous
 from rec_core.ranking import ctr
@@ -143,56 +143,68 @@ def group_domains(domain: Int[np.ndarray, " n"], domains: int, train: int) -> tu
 
 @dataclass(frozen=True)
 class Tuned:
-    """A model with its learning rates: of each trial those of net and tables and the validation AUC (-1: it diverged),
-    and of the final runs the losses, and logits of the validation and test impressions."""
+    """A model as tuned: learning rates of net and tables of each trial and its validation AUC, numbers of epochs of the
+    final runs and their mean validation AUC (-1: diverged); and of the final runs of the best number the losses, and
+    logits of the validation and test impressions."""
 
     rates: Float[np.ndarray, "trials 2"]
     trials: Float[np.ndarray, " trials"]
+    epochs: Float[np.ndarray, " lengths"]
+    lengths: Float[np.ndarray, " lengths"]
     losses: Float[np.ndarray, "steps seeds"]
     valid: Float[np.ndarray, "seeds n"]
     test: Float[np.ndarray, "seeds m"]
 
     @property
     def best(self) -> dict[str, float]:
-        """The learning rates of the final runs, as columns of a row."""
+        """What was chosen for the final runs, as columns of a row."""
         net, tables = self.rates[np.argmax(self.trials)]
-        return {"learning_rate": float(net), "table_rate": float(tables)}
+        epochs = self.epochs[np.argmax(self.lengths)]
+        return {"learning_rate": float(net), "table_rate": float(tables), "epochs": float(epochs)}
 
 
 def tune_and_train(
     data: Impressions,
     model: ModuleType,
     config: Any,
-    settings: training.TrainConfig,
     *,
-    trial: training.TrainConfig,
+    epochs: Sequence[float],
     rates: Sequence[tuple[float, float]],
     seeds: int,
     batch_size: int,
 ) -> Tuned:
-    """A trial for each pair of learning rates, the best by validation AUC, then as many final runs as there are seeds.
+    """A trial for each pair of learning rates, and at the best, for each number of epochs, as many final runs as there
+    are seeds. The best are those of the highest validation AUC, the final runs' its mean over seeds.
 
     Args:
-      settings: of the final runs. trial: of the trials, which may be shorter.
+      epochs: of the final runs; the trials have the first. A model that overfits wants few, a slow one many.
       rates: of the net and of the tables.
 
     Raises:
-      DivergedError: no trial, or a final run, stayed finite.
+      DivergedError: no trial, or a final run of every number of epochs, stayed finite.
     """
     share: dict[str, Any] = {"model": model, "config": config, "batch_size": batch_size}
-    tuning = np.full(len(rates), TUNING_SEED)
-    params, _, diverged = train(data, tuning, np.asarray(rates), settings=trial, **share)
-    if (diverged >= 0).all():
-        raise training.DivergedError(int(diverged.min()), float("nan"), float("nan"), None)
-    found = scores(data, params, data.valid, model=model, config=config)
+    settings = [settings_for(len(data.train), batch_size, number, CALL) for number in epochs]
     label = data.label[data.valid]
-    trials = [metrics.auc(label, x) if bad < 0 else -1.0 for x, bad in zip(found, diverged, strict=True)]
-    best = np.tile(rates[int(np.argmax(trials))], (seeds, 1))
-    params, losses, diverged = train(data, np.arange(seeds), best, settings=settings, **share)
-    if (diverged >= 0).any():
-        raise training.DivergedError(int(diverged.max()), float("nan"), float("nan"), None)
-    valid, test = (scores(data, params, index, model=model, config=config) for index in (data.valid, data.test))
-    return Tuned(np.asarray(rates), np.asarray(trials), losses, valid, test)
+
+    def run(settings: training.TrainConfig, seeds: np.ndarray, rates: np.ndarray) -> tuple[Any, ...]:
+        """Parameters, losses, logits of the validation impressions and their AUC, and the last step that diverged."""
+        params, losses, diverged = train(data, seeds, rates, settings=settings, **share)
+        valid = scores(data, params, data.valid, model=model, config=config)
+        auc = [metrics.auc(label, x) if bad < 0 else -1.0 for x, bad in zip(valid, diverged, strict=True)]
+        return params, losses, valid, np.asarray(auc), int(diverged.max())
+
+    *_, tried, step = run(settings[0], np.full(len(rates), TUNING_SEED), np.asarray(rates))
+    if tried.max() < 0:
+        raise training.DivergedError(step, float("nan"), float("nan"), None)
+    best = np.tile(rates[int(np.argmax(tried))], (seeds, 1))
+    found = [run(length, np.arange(seeds), best) for length in settings]
+    lengths = np.array([auc.mean() if auc.min() >= 0 else -1.0 for *_, auc, _ in found])
+    if lengths.max() < 0:
+        raise training.DivergedError(found[0][-1], float("nan"), float("nan"), None)
+    params, losses, valid, *_ = found[int(np.argmax(lengths))]
+    test = scores(data, params, data.test, model=model, config=config)
+    return Tuned(np.asarray(rates), tried, np.asarray(epochs), lengths, losses, valid, test)
 
 
 def train(

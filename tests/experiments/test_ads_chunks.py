@@ -16,14 +16,17 @@ def test_every_variant_is_trained_measured_and_compared(tmp_path, monkeypatch, c
     """Logits are the true ones with noise that grows with the chunk; steps are stand-ins of as many milliseconds."""
     configs = {}
 
-    def trained(data, model, config, settings, *, trial, rates, seeds, batch_size):
+    def trained(data, model, config, *, epochs, rates, seeds, batch_size):
         items = getattr(config, "items", None)
         configs[items] = config
         draw = np.random.default_rng(0)
         truth = np.log(data.probability / (1 - data.probability))
         noise = 0.05 * items if items else 1.0
         valid, test = (truth[i] + noise * draw.normal(size=(seeds, len(i))) for i in (data.valid, data.test))
-        return multidomain.Tuned(np.asarray(rates), np.linspace(0.5, 0.6, len(rates)), np.ones((3, seeds)), valid, test)
+        trials, lengths = (np.linspace(0.5, 0.6, len(given)) for given in (rates, epochs))
+        return multidomain.Tuned(
+            np.asarray(rates), trials, np.asarray(epochs), lengths, np.ones((3, seeds)), valid, test
+        )
 
     def measured(what, sizes, programs, *, steps, repeats):
         rows = []

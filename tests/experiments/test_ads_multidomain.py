@@ -90,8 +90,39 @@ def test_runs_side_by_side_are_runs_alone_at_their_own_rate(data):
     spoilt = replace(data, batch=replace(data.batch, label=jnp.full_like(data.batch.label, jnp.nan)))
     with pytest.raises(training.DivergedError, match="diverged at step 0"):
         multidomain.tune_and_train(
-            spoilt, ctr, config, settings, trial=settings, rates=((1e-3, 1e-3), (1e-2, 1e-2)), seeds=2, batch_size=32
+            spoilt, ctr, config, epochs=(1.0,), rates=((1e-3, 1e-3), (1e-2, 1e-2)), seeds=2, batch_size=32
         )
+
+
+def test_rates_and_epochs_are_chosen_on_the_validation_period(data, monkeypatch):
+    """Trials and final runs replaced: what is best in the test period, or in one seed, is not what is taken."""
+    trained, scored = [], []
+
+    def train(data, seeds, rates, *, settings, **_):
+        trained.append((settings.steps, tuple(seeds), rates.tolist()))
+        final = seeds[0] != multidomain.TUNING_SEED
+        diverged = np.where(final & (settings.steps == 6) & (seeds == 1), 3, -1)
+        return (settings.steps, final), np.full((settings.steps, len(seeds)), float(settings.steps)), diverged
+
+    def scores(data, params, index, **_):
+        steps, final = params
+        scored.append((steps, final, index is data.test))
+        noise = {2: [0.5, 0.5], 4: [0.0, 0.6], 6: [0.0, 0.0]}[steps] if final else [0.9, 0.1, 0.5]
+        label = data.label[index]
+        draw = np.random.default_rng(0).normal(size=len(label))
+        return np.stack([(1 - x) * label + x * 3 * draw for x in noise])
+
+    monkeypatch.setattr(multidomain, "train", train)
+    monkeypatch.setattr(multidomain, "scores", scores)
+    rates = ((1e-3, 1e-3), (1e-2, 4e-2), (1e-1, 1e-1))
+    found = multidomain.tune_and_train(data, ctr, None, epochs=(1, 2, 3), rates=rates, seeds=2, batch_size=128)
+    assert trained[0] == (2, (multidomain.TUNING_SEED,) * 3, [list(pair) for pair in rates])
+    assert [steps for steps, *_ in trained[1:]] == [2, 4, 6]
+    assert all(given == [[1e-2, 4e-2]] * 2 and seeds == (0, 1) for _, seeds, given in trained[1:])
+    assert found.best == {"learning_rate": 1e-2, "table_rate": 4e-2, "epochs": 2.0}
+    assert found.lengths[2] == -1 and found.lengths[1] > found.lengths[0] > 0.5
+    assert found.losses.shape == (4, 2) and found.test.shape == (2, len(data.test))
+    assert [where for *where, test in scored if test] == [[4, True]], "the test period is scored once"
 
 
 def test_imp_keeps_its_sign_and_zero():
@@ -108,14 +139,16 @@ def test_all_models_are_compared_and_published(tmp_path, capsys, monkeypatch):
     """The command with the training replaced: logits of the true probability with each model's noise."""
     calls = []
 
-    def trained(data, model, config, settings, *, trial, rates, seeds, batch_size):
+    def trained(data, model, config, *, epochs, rates, seeds, batch_size):
         name = next(n for n in MODELS if model_config(data, n, quick)[1] == config)
         calls.append((data.name, name))
         draw, level = np.random.default_rng(len(name) + len(data.name)), NOISE.get(name, 0.1 if "ADS" in name else 0.5)
         truth = np.log(data.probability / (1 - data.probability))
         valid, test = (truth[i] + level * draw.normal(size=(seeds, len(i))) for i in (data.valid, data.test))
-        trials = np.linspace(0.5, 0.6, len(rates))
-        return multidomain.Tuned(np.asarray(rates), trials, np.ones((3, seeds)), valid, test)
+        trials, lengths = (np.linspace(0.5, 0.6, len(given)) for given in (rates, epochs))
+        return multidomain.Tuned(
+            np.asarray(rates), trials, np.asarray(epochs), lengths, np.ones((3, seeds)), valid, test
+        )
 
     monkeypatch.setattr(multidomain, "tune_and_train", trained)
     quick = AdsMultidomain(**QUICK | {"quick": True, "out": tmp_path})
@@ -133,7 +166,8 @@ def test_all_models_are_compared_and_published(tmp_path, capsys, monkeypatch):
     base = {row["base"] for row in made.rows if row.get("comparison") == "mha" and row["data"] == "world, domain 0.4"}
     assert base <= set(rivals("MHA")) and len(base) == 1
     rows = [row for row in made.rows if row.get("model") == "MHA + ADS" and row["data"] == "world, domain 0.4"]
-    assert {(row["learning_rate"], row["table_rate"]) for row in rows if "seed" in row} == {quick.trials[-1]}
+    chosen = {(row["learning_rate"], row["table_rate"], row["epochs"]) for row in rows if "seed" in row}
+    assert chosen == {(*quick.trials[-1], quick.epochs[-1])}
     assert len({row["test_auc"] for row in rows if "seed" in row}) == 2, "two seeds gave one number"
     domains = [row for row in rows if "domain" in row]
     assert domains[-1]["domain"] == "all" and len(domains) > 2
