@@ -54,7 +54,7 @@ class AdsChunks:
     attention: str = "MHA"
     train_samples: int = 800_000
     test_samples: int = 100_000
-    seeds: int = 8
+    seeds: int = 6
     batch_size: int = 512
     length: int = 200
     steps: int = 10

@@ -61,9 +61,9 @@ class AdsMultidomain:
     length: int = 50
     items_per_chunk: int = 10
     width: int = 16
-    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2)
+    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     table_factors: tuple[float, ...] = (1.0, 4.0)
-    seeds: int = 8
+    seeds: int = 6
     batch_size: int = 512
     resamples: int = 300
 
