@@ -19,11 +19,13 @@ chosen by validation AUC too. The test period is scored once, by the final runs 
 domains: the candidate's category (its first genre) serves, as the paper has it on Taobao's data.
 
 Models that are done are kept, so that several processes, each with an accelerator, may train a share of them in one
-folder (after one of them has made the worlds: `--no-report --only MLR`), and another makes the report of all. On two
-H200 each half of the models took 60 to 75 s a world, and as long again for the first, to be compiled.
+folder (after one of them has made the worlds: `--no-report --only MLR`), and another makes the report of all. What
+several machines measured, each on some of the data, is one result by `--joined A.json B.json`. On two H200 with two
+processes each, compiling took 80 s for the worlds and as long for each of the others, and a world 85 s.
 """
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,12 +36,14 @@ from experiments import figures, report, results, statistics
 from experiments.ads_multidomain_models import ATTENTIONS, QUICK, AdsMultidomain, Outcome, rivals, train_all
 from experiments.datasets import Data, load, make_world
 from experiments.progress import table
+from experiments.results import Row
 from experiments.statistics import Interval
 from experiments.steps.multidomain import Impressions, make_impressions
 from experiments.steps.problem import Problem, make_problem
 from rec_core import metrics
 
 Pairs = dict[str, tuple[str, str]]
+PAIRED = "95 %, paired bootstrap over users and seeds"
 SHOWN_DOMAINS = 10  # the largest of them; the mean over all is shown beside
 PUBLISHED = (
     "Published on Taobao's data, where the text does not say whether Imp or differences of AUC: attention over DNN "
@@ -53,9 +57,17 @@ def run(config: AdsMultidomain) -> results.Result | None:
     if config.quick:
         config = AdsMultidomain(**(vars(config) | QUICK | ({"only": config.only} if config.only else {})))
     config.out.mkdir(parents=True, exist_ok=True)
+    if config.joined:
+        joined = results.join(config.joined, "ads_multidomain")
+        return _finish(replace(joined, figures=dict(joined.figures) | summarize(joined.rows, config)), config)
     started = results.begin()
     outcomes = [train_all(data, config) for data in _all_data(config)]
-    return _publish(config, outcomes, started) if config.report else None
+    if not config.report:
+        return None
+    rows = measure(outcomes, config)
+    found = summarize(rows, config)
+    seeds = range(config.seeds)
+    return _finish(results.record("ads_multidomain", started=started, seeds=seeds, rows=rows, figures=found), config)
 
 
 def world_name(dial: float) -> str:
@@ -115,13 +127,13 @@ def best_rival(done: Outcome, attention: str) -> str | None:
     return max(there, key=done.valid_auc.__getitem__) if there else None
 
 
-def domain_rows(done: Outcome, name: str) -> list[results.Row]:
+def domain_rows(done: Outcome, name: str) -> list[Row]:
     """AUC within the largest domains that have both classes, means over seeds; and the mean over all domains, weighted
     by impressions (domain "all")."""
     data, logits = done.data, done.tuned[name].test
     label, domain = data.label[data.test], data.domain[data.test]
     found, counts = np.unique(domain, return_counts=True)
-    rows: list[results.Row] = []
+    rows: list[Row] = []
     for value in found[np.argsort(-counts, kind="stable")]:
         there = domain == value
         if len(rows) < SHOWN_DOMAINS and 0 < label[there].mean() < 1:
@@ -132,77 +144,40 @@ def domain_rows(done: Outcome, name: str) -> list[results.Row]:
     return [{"data": data.name, "model": name, **row} for row in rows]
 
 
-def _publish(config: AdsMultidomain, outcomes: list[Outcome], started: Any) -> results.Result:
-    rows: list[results.Row] = []
-    numbers: dict[str, float] = {}
-    panels: list[report.Panel] = []
-    findings: list[report.Finding] = []
-    headline: list[dict[str, Any]] = []
-    by_dial: dict[str, dict[float, Interval]] = {}
+def measure(outcomes: Sequence[Outcome], config: AdsMultidomain) -> list[Row]:
+    """The rows: of every model its AUC by seed and by domain, of every comparison the difference and Imp, and the AUC
+    of the true probability where it is known. None of the intervals waits for another."""
     pairs = {done.data.name: _pairs(done) for done in outcomes}
-    measured = _intervals(outcomes, pairs, config)
+    differences = statistics.together(
+        {
+            (done.data.name, a, b): gain(done, a, b, config.resamples)
+            for done in outcomes
+            for a, b in pairs[done.data.name].values()
+        }
+    )
+    rows: list[Row] = []
     for done in outcomes:
         data = done.data
-        labels, users = data.label[data.test], data.user[data.test]
-        intervals = {name: measured[data.name, "", name] for name in done.tuned}
+        label = data.label[data.test]
+        if data.probability is not None:
+            rows.append({"data": data.name, "oracle_auc": metrics.auc(label, data.probability[data.test])})
+        auc: dict[str, list[float]] = {}
         for name, tuned in done.tuned.items():
-            shared: results.Row = {"data": data.name, "model": name, **tuned.best}
-            shared |= {"parameters": done.parameters[name], "valid_auc": done.valid_auc[name]}
-            shared["device"] = done.trained_on[name]
-            rows += [shared | {"seed": i, "test_auc": auc} for i, auc in enumerate(intervals[name].per_seed)]
+            auc[name] = [metrics.auc(label, logits) for logits in tuned.test]
+            shared: Row = {"data": data.name, "model": name, **tuned.best, "parameters": done.parameters[name]}
+            shared |= {"valid_auc": done.valid_auc[name], "device": done.trained_on[name]}
+            rows += [shared | {"seed": i, "test_auc": value} for i, value in enumerate(auc[name])]
             rows += domain_rows(done, name)
-            headline.append(
-                {"data": data.name, "model": name, "AUC": intervals[name].mean, "low": intervals[name].low}
-                | {"high": intervals[name].high, **tuned.best, "parameters": done.parameters[name]}
-            )
-        oracle = None if data.probability is None else metrics.auc(labels, data.probability[data.test])
-        main = data.name == world_name(config.main)
-        compared = _compare(data.name, pairs[data.name], measured, rows, numbers if main else {})
-        if main and oracle is not None:
-            numbers["oracle_auc"] = oracle
-        if data.name == world_name(0.0):
-            _at_zero(compared, numbers)
-        for dial in (dial for dial in config.dials if data.name == world_name(dial)):
-            for what, value in compared.items():
-                by_dial.setdefault(what, {})[dial] = value
-        rivals = [pairs[data.name][key] for key in map(str.lower, ATTENTIONS) if key in pairs[data.name]]
-        findings += [report.difference(f"{data.name}: {b} - {a}", compared[f"{b} - {a}"]) for a, b in rivals]
-        counts: dict[str, Any] = {"samples": len(labels), "users": len(np.unique(users)), "seeds": config.seeds}
-        shown = {"interval": "95 %, bootstrap over users and seeds", **counts}
-        bars = figures.auc_bars(intervals, oracle=oracle, title=f"AUC on {data.name}")
-        panels.append(report.Panel(f"AUC on {data.name}", bars, "Test samples of the last tenth of the time.", **shown))
-        if compared:
-            points = figures.differences(compared, title=f"Gains on {data.name}", x_label="difference of AUC, paired")
-            panels.append(report.Panel(f"Gains on {data.name}", points, "The second model less the first.", **shown))
-    panels = _dial_panel(by_dial, config) + panels
-    outcome = results.record("ads_multidomain", started=started, seeds=range(config.seeds), rows=rows, figures=numbers)
-    results.write(config.out / "result.json", outcome)
-    print(table(headline))
-    for finding in findings:
-        print(finding.text)
-    text = report.page(
-        outcome, "ADS and its rivals over several domains", headline=headline, panels=panels, findings=findings,
-        tables={"Everything measured": rows},
-        lead="The same features, widths, trials and seeds for every model. " + PUBLISHED,
-    )  # fmt: skip
-    path = report.write(config.out / "report.html", text)
-    print(f"report: {path}   result: {config.out / 'result.json'}   {outcome.seconds:.0f} s", flush=True)
-    return outcome
-
-
-def _intervals(
-    outcomes: list[Outcome], pairs: dict[str, Pairs], config: AdsMultidomain
-) -> dict[tuple[str, str, str], Interval]:
-    """By data, base and model: AUC, for which the base is "", and differences of AUC. None waits for another."""
-    asked: dict[tuple[str, str, str], Callable[[], Interval]] = {}
-    for done in outcomes:
-        data = done.data
-        for name, tuned in done.tuned.items():
-            given = data.label[data.test], tuned.test, data.user[data.test]
-            asked[data.name, "", name] = partial(statistics.auc_interval, *given, resamples=config.resamples)
-        for a, b in pairs[data.name].values():
-            asked[data.name, a, b] = gain(done, a, b, config.resamples)
-    return statistics.together(asked)
+        for key, (a, b) in pairs[data.name].items():
+            difference, base = differences[data.name, a, b], float(np.mean(auc[a]))
+            values = {"auc_difference": difference}
+            if base > 0.5:  # below, Imp is not defined
+                values["imp"] = imp_of(difference, base)
+            row: Row = {"data": data.name, "comparison": key, "model": b, "base": a, "samples": len(label)}
+            for name, value in values.items():
+                row |= {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
+            rows.append(row)
+    return rows
 
 
 def _pairs(done: Outcome) -> Pairs:
@@ -218,51 +193,109 @@ def _pairs(done: Outcome) -> Pairs:
     return {key: (a, b) for key, (a, b) in wanted.items() if a is not None and a in done.tuned and b in done.tuned}
 
 
-def _compare(
-    data: str,
-    pairs: Pairs,
-    measured: dict[tuple[str, str, str], Interval],
-    rows: list[results.Row],
-    numbers: dict[str, float],
-) -> dict[str, Interval]:
-    """The comparisons of one data set by what is subtracted; their rows, and the figures of the main one."""
-    for key, (a, b) in pairs.items():
-        difference, base = measured[data, a, b], measured[data, "", a].mean
-        values = {"auc_difference": difference}
-        if base > 0.5:  # below, Imp is not defined
-            values["imp"] = imp_of(difference, base)
-        row: results.Row = {"data": data, "comparison": key, "model": b, "base": a}
-        for name, value in values.items():
-            parts = {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
-            row |= parts
-            numbers.update({f"{key}_{part}": x for part, x in parts.items()})
-        rows.append(row)
-    return {f"{b} - {a}": measured[data, a, b] for a, b in pairs.values()}
+def _compared(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
+    """The comparisons, by data and key."""
+    return {(str(row["data"]), str(row["comparison"])): row for row in rows if "comparison" in row}
 
 
-def _at_zero(compared: dict[str, Interval], numbers: dict[str, float]) -> None:
-    """Where domains do not differ: ADS over the attention alone, and over its own control, which has its capacity; the
-    mean over attentions, and the widest ends."""
-    for name, control in (("domain_dial", ""), ("over_constant_domain", " + ADS, E_D constant")):
-        pairs = (f"{attention} + ADS - {attention}{control}" for attention in ATTENTIONS)
-        found = [compared[pair] for pair in pairs if pair in compared]
-        if found:
-            numbers[f"gain_at_zero_{name}"] = float(np.mean([value.mean for value in found]))
-            numbers[f"gain_at_zero_{name}_low"] = min(value.low for value in found)
-            numbers[f"gain_at_zero_{name}_high"] = max(value.high for value in found)
+def summarize(rows: Sequence[Row], config: AdsMultidomain) -> dict[str, float]:
+    """The figures: the comparisons of the main setting; and where domains do not differ, ADS over the attention alone,
+    and over its own control, which has its capacity: the mean over attentions, and the widest ends."""
+    compared = _compared(rows)
+    found: dict[str, Any] = {}
+    for (data, key), row in compared.items():
+        if data == world_name(config.main):
+            found |= {f"{key}_{name}": value for name, value in row.items() if name.startswith(("auc_", "imp"))}
+    for row in rows:
+        if row["data"] == world_name(config.main) and "oracle_auc" in row:
+            found["oracle_auc"] = row["oracle_auc"]
+    for name, end in (("domain_dial", "over_alone"), ("over_constant_domain", "over_constant_domain")):
+        keys = [(world_name(0.0), f"{attention.lower()}_{end}") for attention in ATTENTIONS]
+        there = [compared[key] for key in keys if key in compared]
+        if there:
+            mean, low, high = (_column(there, f"auc_difference{part}") for part in ("", "_low", "_high"))
+            found |= {f"gain_at_zero_{name}": float(np.mean(mean))}
+            found |= {f"gain_at_zero_{name}_low": min(low), f"gain_at_zero_{name}_high": max(high)}
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
-def _dial_panel(by_dial: dict[str, dict[float, Interval]], config: AdsMultidomain) -> list[report.Panel]:
+def _finish(outcome: results.Result, config: AdsMultidomain) -> results.Result:
+    rows, compared = outcome.rows, _compared(outcome.rows)
+    results.write(config.out / "result.json", outcome)
+    headline: list[Row] = []
+    panels: list[report.Panel] = []
+    findings: list[report.Finding] = []
+    for data in dict.fromkeys(str(row["data"]) for row in rows):
+        own = [row for row in rows if row["data"] == data]
+        seeds = [row for row in own if "seed" in row]
+        by_model = {str(row["model"]): row for row in seeds}
+        auc = {name: _over_seeds([row for row in seeds if row["model"] == name]) for name in by_model}
+        for name, row in by_model.items():
+            value = auc[name]
+            line: Row = {"data": data, "model": name, "AUC": value.mean, "low": value.low, "high": value.high}
+            chosen = ("learning_rate", "table_rate", "epochs", "parameters", "device")
+            headline.append(line | {key: row.get(key) for key in chosen})
+        shown: dict[str, Any] = {"samples": _samples(own), "seeds": len({row["seed"] for row in seeds})}
+        oracle = next((float(row["oracle_auc"] or 0) for row in own if "oracle_auc" in row), None)
+        bars = figures.auc_bars(auc, oracle=oracle, title=f"AUC on {data}")
+        text = "Test samples of the last tenth of the time."
+        panels.append(report.Panel(f"AUC on {data}", bars, text, **shown, interval="95 %, t over seeds"))
+        gains = {f"{row['model']} - {row['base']}": _interval(row) for (at, _), row in compared.items() if at == data}
+        if gains:
+            points = figures.differences(gains, title=f"Gains on {data}", x_label="difference of AUC, paired")
+            shown["interval"] = PAIRED
+            panels.append(report.Panel(f"Gains on {data}", points, "The first model less the second.", **shown))
+        for row in (compared[data, key] for key in map(str.lower, ATTENTIONS) if (data, key) in compared):
+            findings.append(report.difference(f"{data}: {row['model']} - {row['base']}", _interval(row)))
+    print(table(headline))
+    for finding in findings:
+        print(finding.text)
+    text = report.page(
+        outcome, "ADS and its rivals over several domains", headline=headline, panels=_dial_panel(compared) + panels,
+        findings=findings, tables={"Everything measured": rows},
+        lead="The same features, widths, trials and seeds for every model. " + PUBLISHED,
+    )  # fmt: skip
+    path = report.write(config.out / "report.html", text)
+    print(f"report: {path}   result: {config.out / 'result.json'}   {outcome.seconds:.0f} s", flush=True)
+    return outcome
+
+
+def _column(rows: Iterable[Row], name: str) -> list[float]:
+    return [float(row[name] or 0) for row in rows]
+
+
+def _interval(row: Row) -> Interval:
+    mean, low, high = (float(row[f"auc_difference{part}"] or 0) for part in ("", "_low", "_high"))
+    return Interval(mean, low, high, 0.95, PAIRED.split(", ")[1])
+
+
+def _over_seeds(rows: Sequence[Row]) -> Interval:
+    values = np.array(_column(rows, "test_auc"))
+    if len(values) > 1:
+        return statistics.across_seeds(values)
+    alone = float(values[0])
+    return Interval(alone, alone, alone, 0.95, "one seed")
+
+
+def _samples(rows: Iterable[Row]) -> int | None:
+    """Of the test period."""
+    return next((int(row["samples"] or 0) for row in rows if row.get("domain") == "all"), None)
+
+
+def _dial_panel(compared: Mapping[tuple[str, str], Row]) -> list[report.Panel]:
     """ADS over the attention alone, and over its own control, along the dial."""
     curves, bands = {}, {}
     for attention in ATTENTIONS:
-        for base in (attention, f"{attention} + ADS, E_D constant"):
-            found = by_dial.get(f"{attention} + ADS - {base}", {})
+        for end, label in (("over_alone", "alone"), ("over_constant_domain", "constant E_D")):
+            found = {
+                float(at[1]): row
+                for (data, key), row in compared.items()
+                if key == f"{attention.lower()}_{end}" and (at := re.fullmatch(r"world, domain (.*)", data))
+            }
             if len(found) > 1:
-                x, values = np.array(list(found)), list(found.values())
-                label = f"{attention}: ADS over {'alone' if base == attention else 'constant E_D'}"
-                curves[label] = (x, np.array([value.mean for value in values]))
-                bands[label] = (np.array([v.low for v in values]), np.array([v.high for v in values]))
+                own, name = [found[dial] for dial in sorted(found)], f"{attention}: ADS over {label}"
+                mean, low, high = (np.array(_column(own, f"auc_difference{part}")) for part in ("", "_low", "_high"))
+                curves[name], bands[name] = (np.array(sorted(found)), mean), (low, high)
     if not curves:
         return []
     svg = figures.lines(
@@ -270,5 +303,4 @@ def _dial_panel(by_dial: dict[str, dict[float, Interval]], config: AdsMultidomai
         y_label="difference of AUC, paired",
     )  # fmt: skip
     text = "At 0 the domains do not differ: what is gained there is capacity."
-    shown: dict[str, Any] = {"interval": "95 %, bootstrap over users and seeds", "seeds": config.seeds}
-    return [report.Panel("Gain along the domain dial", svg, text, **shown)]
+    return [report.Panel("Gain along the domain dial", svg, text, interval=PAIRED)]

@@ -31,6 +31,8 @@ class AdsMultidomain:
       quick: a run of seconds that only shows that everything works.
       only: names of models (`MODELS`); none for all.
       report: whether there is one; without it, models are trained and kept.
+      joined: results of other machines, each on some of the data: nothing is trained, the first one gets the rows of
+        the others (`results.join`).
       dials: settings of the world's domain dial. main: the one that the figures are about.
       ml_1m, taobao: where MovieLens-1M and Taobao's UserBehavior lie; without them the world alone.
       users, items, mean_length: of the world (`rec_core.data.world`).
@@ -48,6 +50,7 @@ class AdsMultidomain:
     quick: bool = False
     only: tuple[str, ...] = ()
     report: bool = True
+    joined: tuple[Path, ...] = ()
     dials: tuple[float, ...] = (0.0, 0.4, 1.0)
     main: float = 0.4
     ml_1m: Path | None = None

@@ -179,6 +179,14 @@ def test_all_models_are_compared_and_published(tmp_path, capsys, monkeypatch):
         == (figures["mha_over_dnn_imp"])
     )
     assert len(calls) == 2 * len(MODELS), "what was done is not done again"
+    for dial in quick.dials:  # as if each had been measured on a machine of its own
+        own = tuple(row for row in made.rows if row["data"] == ads_multidomain.world_name(dial))
+        results.write(tmp_path / f"{dial}.json", replace(made, rows=own, figures={}))
+    parts = tuple(tmp_path / f"{dial}.json" for dial in reversed(quick.dials))
+    joined = ads_multidomain.run(AdsMultidomain(joined=parts, out=tmp_path / "joined"))
+    assert joined.figures == pytest.approx(figures) and len(joined.rows) == len(made.rows)
+    assert {row.get("command") for row in joined.rows if row["data"] == "world, domain 0"} != {None}
+    assert "Gain along the domain dial" in (tmp_path / "joined" / "report.html").read_text()
     elsewhere = replace(quick, only=("STAR",), out=tmp_path / "kept", report=False)
     assert ads_multidomain.run(elsewhere) is None and len(calls) == 2 * len(MODELS) + 2
     assert not (tmp_path / "kept" / "report.html").exists() and any((tmp_path / "kept" / "models").iterdir())
