@@ -24,8 +24,10 @@ several machines measured, each on some of the data, is one result by `--joined 
 processes each, compiling took 80 s for the worlds and as long for each of the others, and a world 85 s.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -60,14 +62,15 @@ def run(config: AdsMultidomain) -> results.Result | None:
     if config.joined:
         joined = results.join(config.joined, "ads_multidomain")
         return _finish(replace(joined, figures=dict(joined.figures) | summarize(joined.rows, config)), config)
-    started = results.begin()
-    outcomes = [train_all(data, config) for data in _all_data(config)]
-    if not config.report:
-        return None
-    rows = measure(outcomes, config)
-    found = summarize(rows, config)
-    seeds = range(config.seeds)
-    return _finish(results.record("ads_multidomain", started=started, seeds=seeds, rows=rows, figures=found), config)
+    started, rows, outcome = results.begin(), [], None
+    for data in _all_data(config):
+        done = train_all(data, config)
+        if config.report:
+            rows += measure(done, config)
+            found, seeds = summarize(rows, config), range(config.seeds)
+            outcome = results.record("ads_multidomain", started=started, seeds=seeds, rows=rows, figures=found)
+            results.write(config.out / "result.json", outcome)  # what is there if the next data set's time runs out
+    return outcome and _finish(outcome, config)
 
 
 def world_name(dial: float) -> str:
@@ -144,40 +147,40 @@ def domain_rows(done: Outcome, name: str) -> list[Row]:
     return [{"data": data.name, "model": name, **row} for row in rows]
 
 
-def measure(outcomes: Sequence[Outcome], config: AdsMultidomain) -> list[Row]:
-    """The rows: of every model its AUC by seed and by domain, of every comparison the difference and Imp, and the AUC
-    of the true probability where it is known. None of the intervals waits for another."""
-    pairs = {done.data.name: _pairs(done) for done in outcomes}
-    differences = statistics.together(
-        {
-            (done.data.name, a, b): gain(done, a, b, config.resamples)
-            for done in outcomes
-            for a, b in pairs[done.data.name].values()
-        }
-    )
+def measure(done: Outcome, config: AdsMultidomain) -> list[Row]:
+    """The rows of one data set: of every model its AUC by seed and by domain, of every comparison the difference and
+    Imp, and the AUC of the true probability where it is known."""
+    data, pairs = done.data, _pairs(done)
+    label = data.label[data.test]
     rows: list[Row] = []
-    for done in outcomes:
-        data = done.data
-        label = data.label[data.test]
-        if data.probability is not None:
-            rows.append({"data": data.name, "oracle_auc": metrics.auc(label, data.probability[data.test])})
-        auc: dict[str, list[float]] = {}
-        for name, tuned in done.tuned.items():
-            auc[name] = [metrics.auc(label, logits) for logits in tuned.test]
-            shared: Row = {"data": data.name, "model": name, **tuned.best, "parameters": done.parameters[name]}
-            shared |= {"valid_auc": done.valid_auc[name], "device": done.trained_on[name]}
-            rows += [shared | {"seed": i, "test_auc": value} for i, value in enumerate(auc[name])]
-            rows += domain_rows(done, name)
-        for key, (a, b) in pairs[data.name].items():
-            difference, base = differences[data.name, a, b], float(np.mean(auc[a]))
-            values = {"auc_difference": difference}
-            if base > 0.5:  # below, Imp is not defined
-                values["imp"] = imp_of(difference, base)
-            row: Row = {"data": data.name, "comparison": key, "model": b, "base": a, "samples": len(label)}
-            for name, value in values.items():
-                row |= {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
-            rows.append(row)
+    if data.probability is not None:
+        rows.append({"data": data.name, "oracle_auc": metrics.auc(label, data.probability[data.test])})
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        of_models = list(pool.map(partial(_model_rows, done), done.tuned))
+    auc = {
+        name: float(np.mean([row["test_auc"] for row in found if "seed" in row]))
+        for name, found in zip(done.tuned, of_models, strict=True)
+    }
+    differences = statistics.together({pair: gain(done, *pair, config.resamples) for pair in pairs.values()})
+    for found in of_models:
+        rows += found
+    for key, (a, b) in pairs.items():
+        values = {"auc_difference": differences[a, b]}
+        if auc[a] > 0.5:  # below, Imp is not defined
+            values["imp"] = imp_of(differences[a, b], auc[a])
+        row: Row = {"data": data.name, "comparison": key, "model": b, "base": a, "samples": len(label)}
+        for name, value in values.items():
+            row |= {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
+        rows.append(row)
     return rows
+
+
+def _model_rows(done: Outcome, name: str) -> list[Row]:
+    data, tuned = done.data, done.tuned[name]
+    shared: Row = {"data": data.name, "model": name, **tuned.best, "parameters": done.parameters[name]}
+    shared |= {"valid_auc": done.valid_auc[name], "device": done.trained_on[name]}
+    auc = [metrics.auc(data.label[data.test], logits) for logits in tuned.test]
+    return [shared | {"seed": i, "test_auc": value} for i, value in enumerate(auc)] + domain_rows(done, name)
 
 
 def _pairs(done: Outcome) -> Pairs:
@@ -220,6 +223,7 @@ def summarize(rows: Sequence[Row], config: AdsMultidomain) -> dict[str, float]:
 
 
 def _finish(outcome: results.Result, config: AdsMultidomain) -> results.Result:
+    """Writes the result and the report, and prints the tables."""
     rows, compared = outcome.rows, _compared(outcome.rows)
     results.write(config.out / "result.json", outcome)
     headline: list[Row] = []

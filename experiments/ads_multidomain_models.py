@@ -33,7 +33,7 @@ class AdsMultidomain:
       report: whether there is one; without it, models are trained and kept.
       joined: results of other machines, each on some of the data: nothing is trained, the first one gets the rows of
         the others (`results.join`).
-      dials: settings of the world's domain dial. main: the one that the figures are about.
+      dials: settings of the world's domain dial; none for real data alone. main: the one that the figures are about.
       ml_1m, taobao: where MovieLens-1M and Taobao's UserBehavior lie; without them the world alone.
       users, items, mean_length: of the world (`rec_core.data.world`).
       train_samples, test_samples: impressions learned from, and each of validation and test.
@@ -81,7 +81,9 @@ class AdsMultidomain:
         for name in ("seeds", "length", "items_per_chunk", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not self.dials or self.main not in self.dials:
+        if not self.dials and self.ml_1m is None and self.taobao is None and not self.joined:
+            raise ValueError("dials=(): there are no data; give settings of the dial, ml_1m or taobao")
+        if self.dials and self.main not in self.dials:
             raise ValueError(f"main={self.main} must be one of dials={self.dials}")
 
     @property

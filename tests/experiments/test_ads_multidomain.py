@@ -199,6 +199,7 @@ def test_all_models_are_compared_and_published(tmp_path, capsys, monkeypatch):
         ({"rates": ()}, r"rates=\(\): must be at least one number"),
         ({"table_factors": (1.0, 0.0)}, r"table_factors=\(1\.0, 0\.0\): must be at least one number above 0"),
         ({"main": 0.5}, r"main=0\.5 must be one of dials"),
+        ({"dials": ()}, r"dials=\(\): there are no data"),
         ({"seeds": 0}, "seeds=0 must be at least 1"),
     ],
 )
