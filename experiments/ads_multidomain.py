@@ -45,6 +45,10 @@ from experiments.steps.problem import Problem, make_problem
 from rec_core import metrics
 
 Pairs = dict[str, tuple[str, str]]
+COLUMNS = {
+    "data": "data", "model": "model", "AUC": "AUC", "learning_rate": "rate", "table_rate": "of tables",
+    "epochs": "epochs", "parameters": "parameters",
+}  # fmt: skip
 PAIRED = "95 %, paired bootstrap over users and seeds"
 SHOWN_DOMAINS = 10  # the largest of them; the mean over all is shown beside
 PUBLISHED = (
@@ -237,10 +241,11 @@ def _finish(outcome: results.Result, config: AdsMultidomain) -> results.Result:
         for name, row in by_model.items():
             value = auc[name]
             line: Row = {"data": data, "model": name, "AUC": value.mean, "low": value.low, "high": value.high}
-            chosen = ("learning_rate", "table_rate", "epochs", "parameters", "device")
-            headline.append(line | {key: row.get(key) for key in chosen})
+            line |= {key: row.get(key) for key in ("learning_rate", "table_rate", "parameters")}
+            headline.append(line | {"epochs": f"{row['epochs']:g}"})
         shown: dict[str, Any] = {"samples": _samples(own), "seeds": len({row["seed"] for row in seeds})}
-        oracle = next((float(row["oracle_auc"] or 0) for row in own if "oracle_auc" in row), None)
+        known = outcome.figures.get("oracle_auc") if data == world_name(config.main) else None
+        oracle = next((float(row["oracle_auc"] or 0) for row in own if "oracle_auc" in row), known)
         bars = figures.auc_bars(auc, oracle=oracle, title=f"AUC on {data}")
         text = "Test samples of the last tenth of the time."
         panels.append(report.Panel(f"AUC on {data}", bars, text, **shown, interval="95 %, t over seeds"))
@@ -255,8 +260,8 @@ def _finish(outcome: results.Result, config: AdsMultidomain) -> results.Result:
     for finding in findings:
         print(finding.text)
     text = report.page(
-        outcome, "ADS and its rivals over several domains", headline=headline, panels=_dial_panel(compared) + panels,
-        findings=findings, tables={"Everything measured": rows},
+        outcome, "ADS and its rivals over several domains", headline=headline, columns=COLUMNS,
+        panels=_dial_panel(compared) + panels, findings=findings, tables={"Everything measured": rows},
         lead="The same features, widths, trials and seeds for every model. " + PUBLISHED,
     )  # fmt: skip
     path = report.write(config.out / "report.html", text)

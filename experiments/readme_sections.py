@@ -110,8 +110,12 @@ def data_name(data: Any) -> str:
     return TITLES.get(str(data), str(data))
 
 
-def multidomain(result: Result) -> str:
-    """ADS over its best rival, over the attention alone and over its control without the domain."""
+def multidomain(result: Result, name: str = "ads_multidomain", note: str = "") -> str:
+    """ADS over its best rival, over the attention alone and over its control without the domain.
+
+    Args:
+      name: of the result's file. note: what to know before reading it.
+    """
     rows: Sequence[Values] = result.rows
     compared = {(row["data"], row["comparison"]): row for row in rows if "comparison" in row}
     lines = []
@@ -131,7 +135,13 @@ def multidomain(result: Result) -> str:
             f"Where the world's domains do not differ (0), ADS over the attention alone is {interval(f, zero)}, mean "
             f"over attentions and the widest ends of their intervals (goal: within 0.0005 of zero, {verdict(within)})."
         )
+    elsewhere = {
+        data_name(row["data"]): f"on {row['measured_on']} by `{row['command']}` (commit {row['commit'][:12]})"
+        for row in rows
+        if "measured_on" in row
+    }
     return joined(
+        prose(note),
         prose(
             f"ADS on three attentions ({device(result)} seeds; test AUC, {PAIRED}), against the rival that is best in "
             "validation, against the attention alone, and against ADS with ones in the domain's place, which has the "
@@ -141,7 +151,7 @@ def multidomain(result: Result) -> str:
         table([*heading, "over ADS without the domain, AUC"], lines),
         prose(at_zero),
         prose(along_the_dial(compared)),
-        f"Command: {command(result, 'ads_multidomain')}.",
+        f"Command: {command(result, name)}{''.join(f'; {data} {how}' for data, how in elsewhere.items())}.",
     )
 
 
