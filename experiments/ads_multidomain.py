@@ -15,8 +15,9 @@ Differences of AUC and Imp (ADS, arXiv 2502.05523, equation 14) with paired inte
 Every model has the same features, all of one width, E_D and each behaviour's position among them, and the same layers
 where its paper has an MLP; it has one trial for each of the same pairs of learning rates, of net and tables, and final
 runs of one epoch and of three, and takes the best of either by validation AUC; the rival that ADS is compared with is
-chosen by validation AUC too. The test period is scored once, by the final runs that were taken. MovieLens-1M names no
-domains: the candidate's category (its first genre) serves, as the paper has it on Taobao's data.
+chosen by validation AUC too. CAN has the mean of the behaviours beside it, since a co-action unit tells only what
+target and behaviours are together. The test period is scored once, by the final runs that were taken. MovieLens-1M
+names no domains: the candidate's category (its first genre) serves, as the paper has it on Taobao's data.
 
 Models that are done are kept, so that several processes, each with an accelerator, may train a share of them in one
 folder (after one of them has made the worlds: `--no-report --only MLR`), and another makes the report of all. What

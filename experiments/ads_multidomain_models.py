@@ -118,7 +118,7 @@ class Model:
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "DIN": {"interest": "din", "interest_options": (("hidden", (32,)),)},
     "MHA": {"interest": "multi_head", "interest_options": (("heads", 4), ("width", 8))},
-    "CAN": {"interest": "can", "interest_options": (("hidden", (4, 2)), ("generate", False))},
+    "CAN": {"interest": "can", "interest_options": (("hidden", (4, 2)), ("generate", False)), "pooled": True},
 }
 _POOLED = {"interest": "average"}
 _ADS = {"ADS": {}, "ADS without PCRG": {"pcrg": False}, "ADS, E_D constant": {"constant": True}}

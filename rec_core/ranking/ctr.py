@@ -1,8 +1,9 @@
 """The click model `y = sigmoid(MLP(s + E_U + E_I + E_O + dense))`, `+` being concatenation, with any interest module.
 
 `s` is what `config.interest` makes of the behaviours for the target: "din" gives DIN (arXiv 1706.06978), "average" a
-plain DNN with pooled behaviours. Behaviours are described by the target's features and share its tables. The loss is
-the clicks' alone: the modules' own (DIEN's, MIMN's) are not added.
+plain DNN with pooled behaviours. With `config.pooled` the mean of the behaviours stands beside it. Behaviours are
+described by the target's features and share its tables. The loss is the clicks' alone: the modules' own (DIEN's,
+MIMN's) are not added.
 
 In the MLP's place may stand any network of `rec_core.ranking.networks`, behind a gate of `rec_core.ranking.gates`:
 the rivals of ADS for several domains. ADS's own model (`ads_jax`) is this one with another interest module.
@@ -23,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rec_core import embedding, losses
 from rec_core.embedding import Feature
+from rec_core.interest.average import mean_of
 from rec_core.ranking.ctr_batch import Batch, check, example
 from rec_core.ranking.ctr_config import Config
 from rec_core.ranking.head import Head
@@ -41,6 +43,7 @@ class Vectors:
     sequence: Float[Array, "B T d_I"]
     mask: Bool[Array, "B T"]
     time: Float[Array, "B T"] | None
+    pooled: Float[Array, "B d_I"] | None = None
     user: Float[Array, "B d_U"] | None = None
     target: Float[Array, "B d_I"] | None = None  # what of it is not there yet in `score` is None
     query: Float[Array, "B d_Q"] | None = None  # what the interest module reads of the candidate
@@ -75,7 +78,7 @@ class Net(nn.Module):
         return (x.domain,) if self.config.personal else ()
 
     def _end(self, x: Vectors, read: Array, deterministic: bool) -> Array:
-        parts = [read, x.user, x.target, x.context, x.domain]
+        parts = [read, x.pooled, x.user, x.target, x.context, x.domain]
         if isinstance(self.head, Head):
             logits: Array = self.head(parts, x.dense, deterministic)
             return logits
@@ -99,6 +102,7 @@ def init(key: Array, config: Config) -> dict[str, Any]:
         sequence=item[:, None],
         mask=jnp.ones((1, 1), bool),
         time=jnp.zeros((1, 1)),
+        pooled=item if config.pooled else None,
         context=vectors(config.context_features),
         domain=vectors(config.domain_features),
         domain_id=jnp.zeros(1, jnp.int32) if config.domain_field else None,
@@ -227,9 +231,11 @@ def _embed(tables: Mapping[str, Any], specs: tuple[Feature, ...], fields: Mappin
 def _shared(tables: Mapping[str, Any], batch: Batch, config: Config) -> Vectors:
     """What no candidate changes."""
     mask = jnp.asarray(batch.mask)
+    sequence = embedding.embed(tables, config.item_features, batch.sequence, where=mask.astype(bool))
     return Vectors(
         user=_embed(tables, config.user_features, batch.user),
-        sequence=embedding.embed(tables, config.item_features, batch.sequence, where=mask.astype(bool)),
+        sequence=sequence,
+        pooled=mean_of(sequence, mask) if config.pooled else None,
         mask=mask,
         time=None if batch.time is None else jnp.asarray(batch.time),
     )

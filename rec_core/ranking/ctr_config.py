@@ -21,6 +21,9 @@ class Config:
 
     Attributes:
       interest: a name in `rec_core.interest.INTEREST`. interest_options: its fields, such as (("softmax", True),).
+      pooled: whether the mean of the behaviours stands beside the interest in the dense network. A co-action unit only
+        tells what target and behaviours are together; in its paper the behaviours' own vectors stand beside it (CAN,
+        arXiv 2011.05625).
       query_features: what the interest module reads of the candidate, from the target's fields, where that is not the
         item's vector (CAN's co-action embedding); empty for the item's vector.
       domain_features: E_D, explicit indicators (which scenario) and implicit ones (bucketed statistics that mark a
@@ -45,6 +48,7 @@ class Config:
     dropout: float = 0.0
     embedding_scale: float = 0.05  # standard deviation of new tables
     dtype: str = "float32"  # of the computation; parameters and logits are float32
+    pooled: bool = False
     query_features: tuple[Feature, ...] = ()
     domain_features: tuple[Feature, ...] = ()
     domain_field: str = ""

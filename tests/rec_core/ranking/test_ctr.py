@@ -284,8 +284,8 @@ def request(batch, candidates, **context):
 
 @pytest.mark.parametrize(
     "change",
-    [{"network": "star"}, {"gate": "frnet"}, {"gate": "pepnet", "tasks": 2}],
-    ids=["star", "frnet", "pepnet"],
+    [{"network": "star"}, {"gate": "frnet"}, {"gate": "pepnet", "tasks": 2}, {"interest": "can", "pooled": True}],
+    ids=["star", "frnet", "pepnet", "pooled"],
 )
 def test_candidates_are_scored_as_one_by_one_with_networks_and_gates(change):
     config = dataclasses.replace(DOMAINS, hidden=(6, 4), **change)
@@ -299,6 +299,18 @@ def test_candidates_are_scored_as_one_by_one_with_networks_and_gates(change):
         target = {k: v[:, c] for k, v in asked.target.items()}
         one = dataclasses.replace(PLACED, target=target, context=context)
         np.testing.assert_allclose(many[:, c], apply(params, one, config), rtol=1e-4, atol=1e-5)
+
+
+def test_the_mean_of_the_behaviours_stands_beside_the_interest():
+    """Beside the average, which is that mean, the first layer's rows for the two may as well be added up."""
+    beside = dataclasses.replace(PLAIN, pooled=True)
+    params, wide = random_params(beside), embedding.width(PLAIN.item_features)
+    head = params["net"]["head"]
+    kernel = head["mlp_0"]["kernel"]
+    layer = {**head["mlp_0"], "kernel": np.concatenate([kernel[:wide] + kernel[wide : 2 * wide], kernel[2 * wide :]])}
+    net = {**params["net"], "head": {**head, "mlp_0": layer}}
+    wanted = apply({**params, "net": net}, BATCH, PLAIN)
+    np.testing.assert_allclose(apply(params, BATCH, beside), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_the_domain_and_the_candidates_own_query_are_read_and_touched():
