@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def run(config: AdsMultidomain) -> results.Result | None:
         config = AdsMultidomain(**(vars(config) | QUICK | ({"only": config.only} if config.only else {})))
     config.out.mkdir(parents=True, exist_ok=True)
     if config.joined:
-        joined = results.join(config.joined, "ads_multidomain")
+        joined = _joined(config.joined)
         return _finish(replace(joined, figures=dict(joined.figures) | summarize(joined.rows, config)), config)
     started, rows, outcome = results.begin(), [], None
     for data in _all_data(config):
@@ -76,6 +77,17 @@ def run(config: AdsMultidomain) -> results.Result | None:
             outcome = results.record("ads_multidomain", started=started, seeds=seeds, rows=rows, figures=found)
             results.write(config.out / "result.json", outcome)  # what is there if the next data set's time runs out
     return outcome and _finish(outcome, config)
+
+
+def _joined(paths: Sequence[Path]) -> results.Result:
+    """The results as one. Raises ValueError where two have the same data, or one is of another experiment."""
+    joined, known = results.join(paths, "ads_multidomain"), dict[Any, Path]()
+    for path in paths:
+        for data in {row["data"] for row in results.read(path).rows}:
+            if data in known:
+                raise ValueError(f"joined: {data!r} is in {known[data]} and in {path}; give one of them")
+            known[data] = path
+    return joined
 
 
 def world_name(dial: float) -> str:

@@ -187,6 +187,8 @@ def test_all_models_are_compared_and_published(tmp_path, capsys, monkeypatch):
     assert joined.figures == pytest.approx(figures) and len(joined.rows) == len(made.rows)
     assert {row.get("command") for row in joined.rows if row["data"] == "world, domain 0"} != {None}
     assert "Gain along the domain dial" in (tmp_path / "joined" / "report.html").read_text()
+    with pytest.raises(ValueError, match=r"'world, domain 0' is in .*result\.json and in .*0\.0\.json"):
+        ads_multidomain.run(AdsMultidomain(joined=(tmp_path / "result.json", parts[-1]), out=tmp_path / "joined"))
     elsewhere = replace(quick, only=("STAR",), out=tmp_path / "kept", report=False)
     assert ads_multidomain.run(elsewhere) is None and len(calls) == 2 * len(MODELS) + 2
     assert not (tmp_path / "kept" / "report.html").exists() and any((tmp_path / "kept" / "models").iterdir())
