@@ -22,7 +22,7 @@ names no domains: the candidate's category (its first genre) serves, as the pape
 Models that are done are kept, so that several processes, each with an accelerator, may train a share of them in one
 folder (after one of them has made the worlds: `--no-report --only MLR`), and another makes the report of all. What
 several machines measured, each on some of the data, is one result by `--joined A.json B.json`. On two H200 with two
-processes each, compiling took 80 s for the worlds and as long for each of the others, and a world 85 s.
+processes each, compiling took 80 to 100 s for the worlds and as long for each of the others, and a world 85 to 90 s.
 """
 
 import os
@@ -51,7 +51,8 @@ COLUMNS = {
     "data": "data", "model": "model", "AUC": "AUC", "learning_rate": "rate", "table_rate": "of tables",
     "epochs": "epochs", "parameters": "parameters",
 }  # fmt: skip
-PAIRED = "95 %, paired bootstrap over users and seeds"
+METHOD = "paired bootstrap over users and seeds"
+PAIRED = f"95 %, {METHOD}"
 SHOWN_DOMAINS = 10  # the largest of them; the mean over all is shown beside
 PUBLISHED = (
     "Published on Taobao's data, where the text does not say whether Imp or differences of AUC: attention over DNN "
@@ -288,7 +289,7 @@ def _column(rows: Iterable[Row], name: str) -> list[float]:
 
 def _interval(row: Row) -> Interval:
     mean, low, high = (float(row[f"auc_difference{part}"] or 0) for part in ("", "_low", "_high"))
-    return Interval(mean, low, high, 0.95, PAIRED.split(", ")[1])
+    return Interval(mean, low, high, 0.95, METHOD)
 
 
 def _over_seeds(rows: Sequence[Row]) -> Interval:
