@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bahe-cost": ("bahe_cost.BaheCost", "bahe_cost.run"),
     "attention-bench": ("attention_bench.AttentionBench", "attention_bench.run"),
     "attention-tune": ("attention_tune.AttentionTune", "attention_tune.run"),
-    "multi-head-bench": ("multi_head_bench.MultiHeadBench", "multi_head_bench.run"),
+    "interest-bench": ("interest_bench.InterestBench", "interest_bench.run"),
     "data-bench": ("data_bench.DataBench", "data_bench.run"),
     "prepare": ("tools.Prepare", "tools.prepare"),
     "readme": ("tools.Readme", "tools.write_readme"),

@@ -338,7 +338,8 @@ def _field(raw: Raw, name: str, feature: str) -> Any:
 
 def _bucket(spec: Continuous, value: Any) -> Int[Array, "..."]:
     cuts = jnp.asarray(spec.boundaries, jnp.float32)
-    return jnp.searchsorted(cuts, jnp.asarray(value, jnp.float32), side="right").astype(jnp.int32)
+    value = jnp.asarray(value, jnp.float32)
+    return jnp.searchsorted(cuts, value, side="right", method="scan_unrolled").astype(jnp.int32)  # no loop of kernels
 
 
 def _bits(value: Any) -> Array:

@@ -7,8 +7,9 @@ whole table every device is an owner of all, and does the same work as the other
 
 With D devices and n ids each, a device sends each owner of a part of a table as many ids, gets as many rows back and
 sends as many gradients: n / D, times the share of ids that are said to be distinct, and a tenth, where that is enough
-(`fits`: ids that are hashed, or in any order but that of popularity), else n, which always is. Rows stay in the order
-in which they came, owner by owner, with what filled up the room between them. A table of no more rows than n travels
+(`fits`: ids that are hashed, or in any order but that of popularity), else n, which always is. Rows and gradients may
+travel in fewer bits than they are added up in. Rows stay in the order in which they came, owner by owner, with what
+filled up the room between them. A table of no more rows than n travels
 whole. Sums are taken in the order of the devices, so a step gives the same bits each time and, for a whole table, on
 each device.
 """
@@ -34,7 +35,8 @@ class Plan:
     """What a device reads of a table: its own ids, as `distinct` gives them, and how those of each owner lie in them.
 
     Owner d has ``count[d]`` of them, from ``start[d]`` on. `rows` are of the whole table. `scant` is how many ids of an
-    owner there is room for where owners are asked alike, and no more ids are distinct than was said.
+    owner there is room for where owners are asked alike, and no more ids are distinct than was said. `dtype` is of rows
+    and gradients on their way between a split table and those that read it.
     """
 
     own: Int[Array, " n"]
@@ -42,6 +44,7 @@ class Plan:
     count: Int[Array, " D"]
     rows: int = struct.field(pytree_node=False)
     scant: int = struct.field(pytree_node=False)
+    dtype: str = struct.field(pytree_node=False, default="float32")
 
     @property
     def small(self) -> bool:
@@ -67,6 +70,7 @@ def plan(
     *,
     split: bool,
     distinct_share: float = 1.0,
+    dtype: str = "float32",
 ) -> Plan:
     """What this device reads.
 
@@ -75,6 +79,7 @@ def plan(
       ids: rows of the whole table, with repetitions; out of range they are clipped as in `embedding.lookup`.
       split: the table is split by row over the axis, in equal parts in the order of the devices.
       distinct_share: of the ids, that are distinct; `Plan.scant` follows from it.
+      dtype: as of `Plan`.
     """
     devices = jax.lax.axis_size(axis_name) if split else 1
     own = distinct(ids, table.shape[0] * devices)
@@ -83,7 +88,7 @@ def plan(
     start = jnp.concatenate([jnp.zeros(1, jnp.int32), end[:-1]])
     even = math.ceil(1.1 * distinct_share * own.size / devices) + 8
     scant = own.size if own.size <= FEW_IDS else min(even, own.size)
-    return Plan(own, start, end - start, table.shape[0] * devices, scant)
+    return Plan(own, start, end - start, table.shape[0] * devices, scant, dtype)
 
 
 def fits(plans: Iterable[Plan], axis_name: str) -> Bool[Array, ""] | None:
@@ -102,7 +107,8 @@ def read(
 
     Args:
       table, split: as for `plan`.
-      scant: only `Plan.scant` ids are sent to each owner, which `fits` allows.
+      scant: only `Plan.scant` ids are sent to each owner. Where `fits` does not allow that, some rows do not come, and
+        a look-up of theirs gives NaN.
     """
     if plan.small and split:
         table, split = jax.lax.all_gather(table, axis_name, tiled=True), False
@@ -114,7 +120,7 @@ def read(
     ids = jnp.take(own, plan.start[:, None] + place, mode="clip")
     mine = jnp.where(there, ids - part * jnp.arange(devices)[:, None], part)
     asked = jax.lax.all_to_all(mine, axis_name, 0, 0)
-    found = jax.lax.all_to_all(take_rows(table, asked), axis_name, 0, 0)
+    found = jax.lax.all_to_all(take_rows(table, asked).astype(plan.dtype), axis_name, 0, 0).astype(table.dtype)
     ids = jnp.where(there, ids, plan.rows).reshape(-1)
     return Rows(ids, found.reshape(-1, table.shape[1]), plan.rows, ordered=False), Route(plan, asked)
 
@@ -131,8 +137,8 @@ def combine(gradient: Rows, route: Route, table: Float[Array, "rows width"], axi
     """
     rows, plan, values = table.shape[0], route.plan, gradient.values
     if route.asked is not None:
-        sent = values.reshape(*route.asked.shape, -1)
-        return _add_up(route.asked, jax.lax.all_to_all(sent, axis_name, 0, 0), rows)
+        sent = values.reshape(*route.asked.shape, -1).astype(plan.dtype)
+        return _add_up(route.asked, jax.lax.all_to_all(sent, axis_name, 0, 0).astype(values.dtype), rows)
     if not plan.small:
         return _add_up(jax.lax.all_gather(plan.own, axis_name), jax.lax.all_gather(values, axis_name), rows)
     counted = jnp.concatenate([values, jnp.ones_like(values[:, :1])], axis=1)

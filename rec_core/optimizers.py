@@ -22,6 +22,7 @@ from rec_core.sharding import path_name
 _OPTIMIZERS = ("adamw", "adafactor")
 _DECAYS = ("cosine", "linear", "constant")
 _MODES = ("max", "min")
+_EXCHANGED = ("float32", "bfloat16")
 # Not decayed: tables, and every vector of a net (also where scanned layers stack them into a matrix).
 _WHOLE = re.compile(r"(^|/)tables/|norm|(^|/)(bias|scale|embedding)$")
 
@@ -58,6 +59,8 @@ class TrainConfig:
     micro_batches: int = 1  # the batch is computed in so many parts; the numbers are those of the whole
     sparse_tables: bool = False  # lazy Adam on the rows a batch reads; untouched rows keep their value and moments
     distinct_share: float = 1.0  # of a device's ids of a split table, at most; where there are more, a step is slower
+    general_exchange: bool = True  # False: where there are more, a run ends as diverged, and no step waits for the host
+    exchange_dtype: str = "float32"  # of split tables' rows and gradients on their way between devices
     log_every: int = 10
     evaluate_every: int = 0
     checkpoint_every: int = 0
@@ -68,6 +71,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _one_of("optimizer", self.optimizer, _OPTIMIZERS)
         _one_of("decay", self.decay, _DECAYS)
+        _one_of("exchange_dtype", self.exchange_dtype, _EXCHANGED)
         for name, least in (("steps", 1), ("micro_batches", 1), ("log_every", 1), ("keep", 1), ("warmup", 0)):
             _at_least(name, getattr(self, name), least)
         for name in ("evaluate_every", "checkpoint_every"):

@@ -230,13 +230,20 @@ def _advance_apart(
     def step(state: State, batch: Any) -> Any:
         plans = {
             name: exchange.plan(
-                state.params["tables"][name], ids, "data", split=name in split, distinct_share=train.distinct_share
+                state.params["tables"][name],
+                ids,
+                "data",
+                split=name in split,
+                distinct_share=train.distinct_share,
+                dtype=train.exchange_dtype,
             )
             for name, ids in model.touched(batch, config).items()
         }
         own = partial(_advance, model, config, train, state, batch, axis_name="data", split=split, plans=plans)
         fits = exchange.fits([plans[name] for name in split], "data")
-        return own() if fits is None else jax.lax.cond(fits, partial(own, scant=True), own)
+        if fits is None or not train.general_exchange:
+            return own(scant=fits is not None)
+        return jax.lax.cond(fits, partial(own, scant=True), own)
 
     where = jax.tree.map(lambda sharding: sharding.spec, shardings(state, mesh))
     given, made = (where, batch_sharding(mesh).spec), (where, P())

@@ -34,16 +34,20 @@ __all__ = [
     "pmap_step", "step_key", "value_and_grad",
 ]  # fmt: skip
 
+_NO_GENERAL_EXCHANGE = (
+    "With general_exchange=False a batch gives no number either where a device has more distinct ids than "
+    "distinct_share, or a tenth more of one owner than of another: raise distinct_share, or allow the general form. "
+)
 RUN_AHEAD = 2  # steps that may be under way before the host looks at the oldest one's numbers
 
 
 class DivergedError(RuntimeError):
     """The loss or the gradient norm was not finite. ``step``, ``loss``, ``gradient_norm`` say where."""
 
-    def __init__(self, step: int, loss: float, gradient_norm: float, saved: str | None) -> None:
+    def __init__(self, step: int, loss: float, gradient_norm: float, saved: str | None, hint: str = "") -> None:
         where = f"the state before it is saved in {saved}" if saved else "nothing was saved (no directory was given)"
         super().__init__(
-            f"training diverged at step {step}: loss {loss}, gradient norm {gradient_norm}; {where}. Lower "
+            f"training diverged at step {step}: loss {loss}, gradient norm {gradient_norm}; {where}. {hint}Lower "
             "learning_rate, set clip or warmup, and look at that step's batch; to go on from the saved state in a new "
             "directory pass params=rec_core.checkpoint.restore_params(...)"
         )
@@ -121,7 +125,7 @@ def fit(
         log = stack.enter_context(Log(directory, done, on_log, tensorboard))
         best, waited = _patience(log.records, stopping)
         best_params = best_saves.restore_step(_abstract(state.params, mesh), best["step"]) if best else None
-        run = _Run(log, saves, source)
+        run = _Run(log, saves, source, "" if train.general_exchange else _NO_GENERAL_EXCHANGE)
         step, stopped = make_step(model, config, train, mesh), ""
         while not stopped and done < train.steps:
             if stopping and waited >= stopping.patience:
@@ -164,8 +168,8 @@ def fit(
 class _Run:
     """What is under way: metrics not yet looked at, and the data's state before each of their steps."""
 
-    def __init__(self, log: Log, saves: Checkpoints, source: Iterator[Any]) -> None:
-        self.log, self.saves, self.source = log, saves, source
+    def __init__(self, log: Log, saves: Checkpoints, source: Iterator[Any], hint: str) -> None:
+        self.log, self.saves, self.source, self.hint = log, saves, source, hint
         self.pending: deque[tuple[int, Any, int, bool]] = deque()
         self.data: dict[int, Any] = {}
         self.clock: float | None = None
@@ -226,7 +230,7 @@ class _Run:
             self.save(step, replace(state, diverged=jnp.full_like(state.diverged, -1)))
             self.saves.wait()
         where = f"{self.saves.directory} (step {step})" if self.saves.directory else None
-        raise DivergedError(step, metrics["loss"], metrics["gradient_norm"], where)
+        raise DivergedError(step, metrics["loss"], metrics["gradient_norm"], where, self.hint)
 
 
 def _start(

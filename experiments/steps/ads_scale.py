@@ -24,7 +24,10 @@ from rec_core.training import State, TrainConfig
 
 # Only the rows that a batch reads move; the rate is small, since what is timed must stay finite. Of a batch's items, as
 # `make_batch` draws them, .63 are distinct.
-TRAIN = TrainConfig(steps=1_000_000, learning_rate=1e-5, decay="constant", sparse_tables=True, distinct_share=0.65)
+TRAIN = TrainConfig(
+    steps=1_000_000, learning_rate=1e-5, decay="constant", sparse_tables=True,
+    distinct_share=0.65, general_exchange=False, exchange_dtype="bfloat16",
+)  # fmt: skip
 HEADS, MICRO = 4, (4, 2)
 SPREAD = 2_654_435_761  # a prime: rows in no order of popularity, as hashed ids are
 

@@ -15,8 +15,6 @@ The reference is what `MultiHead.attend` does elsewhere; tests/rec_core/test_int
 two. On an H100 a forward and a backward pass take half to two thirds of its time: NOTES.md has times and tuning.
 """
 
-import math
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,40 +22,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-try:
-    from jax.experimental.pallas import triton
-except ImportError:  # JAX 0.11 announces that it will be gone
-    triton = None  # type: ignore[assignment]
+from rec_core.interest.triton_gpu import Shape, Tuning, call, loop, on_each_device, power_of_2, serves, triton
 
-CAPABILITY = 8.0  # from which on tensor cores take bfloat16
-EXAMPLES = 512  # below, programs are too few to fill a device: not timed, and not taken
-WIDEST = 64  # of behaviours: above, a linear map and its gradient leave a program no registers; not timed
 QUERIES = 64  # rows of queries in a block at most, as registers are limited
 LOW = float(jnp.finfo(jnp.float32).min)
 Linear = tuple[Float[Array, "B d d"], Float[Array, "B d"]]
 
 
-class Shape(NamedTuple):
-    """Behaviours in a block, a power of 2 from 16, warps, and stages of software pipelining; NOTES.md has the times."""
-
-    block: int = 64
-    warps: int = 4
-    stages: int = 1
-
-
-class Tuning(NamedTuple):
-    """Shapes of the two kernels."""
-
-    forward: Shape = Shape()
-    backward: Shape = Shape()
-    interpret: bool = False
-
-
-DEFAULT = Tuning()
+DEFAULT = Tuning(Shape(32, 1, 1), Shape(32, 1, 1))
 MAPPED = Tuning(Shape(32, 1, 2), Shape(32, 2, 1))  # with a linear map
 
 
@@ -85,15 +59,7 @@ class Blocks(NamedTuple):
 
 def runs(dtype: str, shape: tuple[int, ...], heads: int) -> bool:
     """Whether this process's device, and JAX, run these kernels, for a computation's dtype and a sequence's shape."""
-    if triton is None or jax.default_backend() != "gpu" or dtype != "bfloat16" or len(shape) != 3:
-        return False
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    if not capability.replace(".", "").isdigit() or float(capability) < CAPABILITY:
-        return False
-    size, length, d = shape
-    powers = all(x == pl.next_power_of_2(x) for x in (d, heads))  # tiles have such sides
-    fits = powers and 16 <= d <= WIDEST and 1 <= heads <= 16
-    return fits and size >= EXAMPLES and length > 0 and math.prod(shape) < 2**31  # offsets are of 32 bits
+    return serves(dtype, shape) and power_of_2(heads) and 1 <= heads <= 16
 
 
 def attend(
@@ -113,33 +79,8 @@ def attend(
       value: the matrix of the values. tuning: default `DEFAULT`, with a linear map `MAPPED`.
     """
     read = partial(_read, tuning or (MAPPED if linear else DEFAULT))
-    heads = _on_each_device(read, sequence, mask, linear, queries.astype(value.dtype))
+    heads = on_each_device(read, sequence, mask, linear, queries.astype(value.dtype))
     return jnp.einsum("bhd,dhw->bhw", heads, value).reshape(len(heads), -1)
-
-
-def _on_each_device(function: Callable[..., Array], *arrays: Any) -> Array:
-    """`function` for the examples of each device of the mesh that is set: the compiler cannot split a kernel.
-
-    Where axis "data" does not divide the examples, every device does the work of all.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto}
-    if all(mesh.shape[name] == 1 for name in axes):
-        return function(*_vary_alike(arrays))
-    spec = P("data") if "data" in axes and len(arrays[0]) % mesh.shape["data"] == 0 else P()
-    out: Array = jax.shard_map(function, axis_names=axes, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
-    return out
-
-
-def _vary_alike(arrays: Any) -> Any:
-    """Inside shard_map all arrays of a kernel's call vary over the same axes."""
-    axes = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
-
-    def vary(x: Array) -> Array:
-        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(vary, arrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -151,9 +92,8 @@ def _forward(tuning: Tuning, sequence: Array, mask: Array, linear: Linear | None
     blocks, rows = _blocks(tuning.forward, sequence, queries), queries.reshape(len(queries), -1, queries.shape[-1])
     size, (heads, d) = len(queries), queries.shape[2:]
     summed = [((size, heads, d), queries.dtype), ((size, heads, d), jnp.float32), ((size, heads), jnp.float32)]
-    made = _call(
-        _forward_kernel, blocks, tuning.forward, tuning.interpret, (sequence, mask, rows, *(linear or ())), summed
-    )
+    given = (sequence, mask, rows, *(linear or ()))
+    made = call(partial(_forward_kernel, blocks), given, summed, tuning.forward, tuning.interpret)
     return made[0], (sequence, mask, linear, queries, *made[1:])
 
 
@@ -162,7 +102,7 @@ def _backward(tuning: Tuning, saved: Any, gradient: Array) -> tuple[Array, None,
     blocks, rows = _blocks(tuning.backward, sequence, queries), queries.reshape(len(queries), -1, queries.shape[-1])
     given = (sequence, mask, rows, gradient.astype(queries.dtype), read, lse, *(linear or ()))
     made = [(x.shape, x.dtype) for x in (sequence, rows, *(linear or ()))]
-    found = _call(_backward_kernel, blocks, tuning.backward, tuning.interpret, given, made)
+    found = call(partial(_backward_kernel, blocks), given, made, tuning.backward, tuning.interpret)
     of_sequence, of_rows, *of_linear = found
     return of_sequence, None, (of_linear[0], of_linear[1]) if linear else None, of_rows.reshape(queries.shape)
 
@@ -174,28 +114,6 @@ def _blocks(shape: Shape, sequence: Array, queries: Array) -> Blocks:
     length, groups, heads = sequence.shape[1], *queries.shape[1:3]
     size = length // groups
     return Blocks(length, size, heads, min(max(shape.block // size, 1), groups, QUERIES // heads), shape.block)
-
-
-def _call(
-    kernel: Callable[..., None], blocks: Blocks, tuned: Shape, interpret: bool, given: Any, made: Any
-) -> list[Array]:
-    def one(shape: tuple[int, ...]) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *shape[1:]), lambda i: (i, *[0] * (len(shape) - 1)))
-
-    if not interpret:
-        # Said at every compilation, to users who can do nothing about it; `runs` is ready for the release without it.
-        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-    varying = jax.typeof(given[0]).manual_axis_type  # as that of all of them
-    out: list[Array] = pl.pallas_call(
-        partial(kernel, blocks),
-        grid=(len(given[0]),),
-        in_specs=[one(x.shape) for x in given],
-        out_specs=[one(shape) for shape, _ in made],
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying) for shape, dtype in made],
-        compiler_params=triton.CompilerParams(num_warps=tuned.warps, num_stages=tuned.stages),
-        interpret=interpret,
-    )(*given)
-    return out
 
 
 def _forward_kernel(blocks: Blocks, sequence: Any, mask: Any, queries: Any, *refs: Any) -> None:
@@ -216,11 +134,11 @@ def _forward_kernel(blocks: Blocks, sequence: Any, mask: Any, queries: Any, *ref
             summed = less[:, None] * summed + _dot(weights.astype(dtype), rows, 0, 0)
             return top, less * total + weights.sum(0), summed
 
-        return _loop(blocks.parts, part, state)
+        return loop(blocks.parts, part, state)
 
     size = blocks.queries
     state = jnp.full(size, LOW, jnp.float32), jnp.zeros(size, jnp.float32), jnp.zeros((size, d), jnp.float32)
-    high, total, summed = _loop(blocks.steps, step, state)
+    high, total, summed = loop(blocks.steps, step, state)
     top = _over_slots(blocks, high, jnp.max)
     less = jnp.exp(high - top)
     total = _over_slots(blocks, less * total, jnp.sum)
@@ -261,7 +179,7 @@ def _backward_kernel(
             return of_asked + _dot(of_score.astype(dtype), rows, 0, 0), of_shift + of_score.sum(0)
 
         state = jnp.zeros((size, d), jnp.float32), jnp.zeros(size, jnp.float32)
-        of_asked, of_shift = _loop(blocks.parts, part, state)
+        of_asked, of_shift = loop(blocks.parts, part, state)
         of_query = of_asked
         if weight is not None:
             of_asked, of_shift = of_asked.astype(dtype), of_shift[:, None]
@@ -272,12 +190,12 @@ def _backward_kernel(
         return of_linear
 
     if weight is None:
-        _loop(blocks.steps, step, ())
+        loop(blocks.steps, step, ())
         return
     first = (row < blocks.heads) & (lse < jnp.inf)
     of_weight = _dot(jnp.where(first[:, None], kept, 0).astype(dtype), of_read, 0, 0)
     of_bias = jnp.where(first[:, None], of_read.astype(jnp.float32), 0).sum(0)
-    for ref, x in zip(of_linear, _loop(blocks.steps, step, (of_weight, of_bias)), strict=True):
+    for ref, x in zip(of_linear, loop(blocks.steps, step, (of_weight, of_bias)), strict=True):
         ref[...] = x.astype(ref.dtype)
 
 
@@ -325,10 +243,6 @@ def _load_rows(blocks: Blocks, sequence: Any, mask: Any, i: Any, j: Any, dtype: 
 def _over_slots(blocks: Blocks, x: Any, reduce: Callable[..., Any]) -> Any:
     split = x.reshape(-1, blocks.heads, *x.shape[1:])
     return jnp.broadcast_to(reduce(split, axis=0, keepdims=True), split.shape).reshape(x.shape)
-
-
-def _loop(count: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
-    return body(0, state) if count == 1 else jax.lax.fori_loop(0, count, body, state)
 
 
 def _dot(a: Any, b: Any, of_a: int, of_b: int) -> Any:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from rec_core import exchange
 from rec_core.sharding import make_mesh, put_batch, shardings
-from rec_core.training import TrainConfig, init_state, make_step
+from rec_core.training import DivergedError, TrainConfig, fit, init_state, make_step
 
 DEVICES, ROWS = 4, 12
 # The users divide by no number of devices, the items by all; and what a step needs beside the items' table is small.
@@ -91,8 +91,10 @@ def test_the_steps_are_those_of_one_device(model: Any, data: int, micro_batches:
         np.testing.assert_array_equal(after, before)
 
 
-def lowered(config: Any, data: int, width: int = 1, model: Any = toy_model, micro_batches: int = 1) -> Any:
-    train = dataclasses.replace(TRAIN, micro_batches=micro_batches)
+def lowered(
+    config: Any, data: int, width: int = 1, model: Any = toy_model, micro_batches: int = 1, train: Any = TRAIN
+) -> Any:
+    train = dataclasses.replace(train, micro_batches=micro_batches)
     state = jax.eval_shape(lambda: init_state(model, config, train))
     return make_step(model, config, train, make_mesh(data, width)).trace(state, BATCHES[0])
 
@@ -110,12 +112,12 @@ def test_what_devices_cannot_do_alone_is_left_to_the_compiler() -> None:
 
 
 @functools.cache
-def exchanged(split: bool, scant: bool = False, share: float = 1.0) -> Any:
+def exchanged(split: bool, scant: bool = False, share: float = 1.0, dtype: str = "float32") -> Any:
     """Whether the scant form suffices; rows that each device reads, and their gradients combined: ids, values, own ids,
     sums; by device."""
 
     def run(table: Any, ids: Any, slope: Any) -> Any:
-        plan = exchange.plan(table, ids, "data", split=split, distinct_share=share)
+        plan = exchange.plan(table, ids, "data", split=split, distinct_share=share, dtype=dtype)
         fits = exchange.fits([plan], "data") if split else None
         rows, route = exchange.read(table, plan, "data", split=split, scant=scant)
         gradient = dataclasses.replace(rows, values=rows.values * slope)
@@ -127,12 +129,19 @@ def exchanged(split: bool, scant: bool = False, share: float = 1.0) -> Any:
     return jax.jit(jax.shard_map(run, mesh=make_mesh(DEVICES), in_specs=specs, out_specs=P("data"), check_vma=False))
 
 
-def check_exchange(ids: np.ndarray, rows: int, *, split: bool, scant: bool = False, share: float = 1.0) -> bool:
+def check_exchange(
+    ids: np.ndarray, rows: int, *, split: bool, scant: bool = False, share: float = 1.0, dtype: str = "float32"
+) -> bool:
     """That all devices have their rows, and the owners the sums; whether the scant form suffices."""
-    table = np.arange(1.0, 2 * rows + 1, dtype=np.float32).reshape(rows, 2)
+    table = np.arange(1.0, 2 * rows + 1, dtype=np.float32).reshape(rows, 2) / 3
+
+    def sent(x: Any) -> Any:
+        """As numbers arrive."""
+        return x.astype(dtype).astype(np.float32) if split else x
+
     slope = np.array([[1.0], [10.0], [100.0], [1000.0]], np.float32)
     fits, own, values, owned, total = jax.device_get(
-        exchanged(split, scant, share)(table, ids.astype(np.int32).reshape(-1), slope)
+        exchanged(split, scant, share, dtype)(table, ids.astype(np.int32).reshape(-1), slope)
     )
     if scant and not fits.all():
         return False
@@ -140,9 +149,9 @@ def check_exchange(ids: np.ndarray, rows: int, *, split: bool, scant: bool = Fal
     for i in range(DEVICES):
         distinct, there = np.unique(ids[i]), own[i] < rows
         np.testing.assert_array_equal(own[i][there], distinct)
-        np.testing.assert_array_equal(values[i][there], table[distinct])
+        np.testing.assert_array_equal(values[i][there], sent(table[distinct]))
         assert (own[i][~there] == rows).all()
-        want[distinct] += slope[i] * table[distinct]
+        want[distinct] += sent(slope[i] * sent(table[distinct]))
         read[distinct] = True
     size = rows // DEVICES if split else rows
     for i in range(DEVICES):
@@ -195,6 +204,30 @@ def test_repeated_ids_need_less_room() -> None:
     assert not check_exchange(ids, rows, split=True, scant=True, share=0.35)
     with pytest.raises(ValueError, match=r"distinct_share is 0: must be above 0"):
         TrainConfig(steps=1, distinct_share=0)
+
+
+def test_rows_and_gradients_travel_in_fewer_bits_and_add_up_in_all() -> None:
+    draw = np.random.default_rng(0)
+    for scant in (True, False):
+        assert check_exchange(draw.integers(0, 400, (DEVICES, 60)), 400, split=True, scant=scant, dtype="bfloat16")
+    check_exchange(draw.integers(0, 400, (DEVICES, 60)), 400, split=False, dtype="bfloat16")  # it does not travel
+    with pytest.raises(ValueError, match=r"exchange_dtype is 'float16'"):
+        TrainConfig(steps=1, exchange_dtype="float16")
+
+
+def test_a_batch_that_does_not_fit_ends_a_run_that_has_no_general_form() -> None:
+    train = dataclasses.replace(TRAIN, general_exchange=False)
+    assert "cond[" in str(lowered(CONFIG, 2).jaxpr) and "cond[" not in str(lowered(CONFIG, 2, train=train).jaxpr)
+    states, _ = steps(toy_model, train, 2)
+    same(states[2], alone(toy_model)[0][2])
+    tight = dataclasses.replace(train, distinct_share=0.01)
+    states, metrics = steps(toy_model, tight, 2)
+    same(states[1], alone(toy_model)[0][1])  # whose few ids fit
+    assert int(metrics[2]["diverged"]) == 2 and np.isnan(metrics[2]["loss"])
+    for before, after in zip(*(jax.tree.leaves((s.params, s.opt_state, s.step)) for s in states[1:3])):
+        np.testing.assert_array_equal(after, before)
+    with pytest.raises(DivergedError, match=r"at step 2: .* distinct ids than distinct_share, .* general form"):
+        fit(toy_model, CONFIG, tight, iter(BATCHES), mesh=make_mesh(2))
 
 
 def test_few_ids_have_room_for_all(monkeypatch: pytest.MonkeyPatch) -> None:

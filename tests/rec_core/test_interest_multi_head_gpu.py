@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import ads_jax
 from ads_jax import ADS
-from rec_core.interest import MultiHead, candidates, multi_head_gpu
+from rec_core.interest import MultiHead, candidates, multi_head_gpu, triton_gpu
 from rec_core.interest.multi_head import Mapped
 from rec_core.interest.multi_head_gpu import Shape, Tuning, runs
 
@@ -232,7 +232,7 @@ def test_what_kernels_decline(monkeypatch):
     assert not runs(*served)  # on this CPU
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [Device()])
-    monkeypatch.setattr(multi_head_gpu, "triton", object())
+    monkeypatch.setattr(triton_gpu, "triton", object())
     assert runs(*served) and runs("bfloat16", (512, 7, 16), 1)
     declined = [
         *(("float32", (4096, 200, 64), 4), ("float16", (4096, 200, 64), 4)),
@@ -249,7 +249,7 @@ def test_what_kernels_decline(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert not runs(*served)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(multi_head_gpu, "triton", None)  # a JAX without the backend
+    monkeypatch.setattr(triton_gpu, "triton", None)  # a JAX without the backend
     assert not runs(*served)
 
 

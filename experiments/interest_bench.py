@@ -1,15 +1,17 @@
-"""Multi-head target attention in one pass on a GPU, beside what XLA makes of it: the times behind its table of shapes.
+"""Target attentions in one pass on a GPU, beside what XLA makes of them: the times behind their kernels' shapes.
 
-    python -m experiments multi-head-bench            # for an NVIDIA GPU
-    python -m experiments multi-head-bench --quick    # interpreted, on any machine: only shows that everything works
+    python -m experiments interest-bench            # for an NVIDIA GPU
+    python -m experiments interest-bench --quick    # interpreted, on any machine: only shows that everything works
 
-Cases: at each length a query for all behaviours, and, with ADS's linear map of the behaviours left to the attention, a
-query for each chunk. Contenders: XLA, the kernels as `rec_core.interest` takes them ("as taken"), and both kernels in
-one shape each (behaviours in a block / warps / stages). Behaviours are bfloat16, half to all of their slots filled.
+Multi-head attention (MHA) and the co-action network (CAN). Cases: at each length a query (a micro-MLP) for all
+behaviours, and one for each chunk, for MHA with ADS's linear map of the behaviours left to the attention. Contenders:
+XLA, the kernels as `rec_core.interest` takes them ("as taken"), and both kernels in one shape each (behaviours in a
+block / warps / stages). Behaviours are bfloat16, half to all of their slots filled.
 Each answer and gradient is first compared with XLA's; a contender that is off is not timed. Times are of the forward
 pass, and of forward and backward together, in turn within a repeat.
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,19 +27,23 @@ from jaxtyping import Array
 from experiments import figures, progress, report, results
 from experiments.results import Row
 from experiments.steps import timing
-from rec_core.interest import MultiHead, multi_head_gpu
+from rec_core.interest import MultiHead, can_gpu, multi_head_gpu
+from rec_core.interest.can import by_xla, parameters
 from rec_core.interest.multi_head import Mapped
-from rec_core.interest.multi_head_gpu import Shape, Tuning
+from rec_core.interest.triton_gpu import serves
 
+KERNELS: dict[str, Any] = {"MHA": multi_head_gpu, "CAN": can_gpu}
 WIDTH = 16  # of a head
+MICRO, ORDERS = (4, 2), 3  # CAN's layers and powers, as in `ads-cost`
 OFF = 0.02  # of the largest number, by which a bfloat16 answer or gradient may differ from XLA's
 
 
 @dataclass(frozen=True)
-class MultiHeadBench:
+class InterestBench:
     """Settings.
 
     Attributes:
+      attentions: of "MHA", "CAN".
       shapes: of both kernels, as block/warps/stages.
       lengths: behaviours. items: of a chunk, which share a query.
       batch: examples. width: of a behaviour. heads: of so many units each, 16.
@@ -46,7 +52,8 @@ class MultiHeadBench:
       out: folder for result.json and report.html.
     """
 
-    shapes: tuple[str, ...] = ("64/4/1", "64/2/1", "32/2/1", "32/2/2", "32/1/1", "32/1/2")
+    attentions: tuple[str, ...] = tuple(KERNELS)
+    shapes: tuple[str, ...] = ("64/4/1", "64/2/1", "32/2/1", "32/2/2", "32/1/1", "32/1/2", "16/2/1", "16/1/1")
     lengths: tuple[int, ...] = (200, 1000)
     items: int = 10
     batch: int = 4096
@@ -55,9 +62,12 @@ class MultiHeadBench:
     steps: int = 10
     repeats: int = 5
     quick: bool = False
-    out: Path = Path("runs/multi_head_bench")
+    out: Path = Path("runs/interest_bench")
 
     def __post_init__(self) -> None:
+        unknown = set(self.attentions) - set(KERNELS)
+        if unknown or not self.attentions:
+            raise ValueError(f"attentions is {self.attentions}; give some of {tuple(KERNELS)}")
         for given in self.shapes:
             parts = given.split("/")
             if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
@@ -67,7 +77,7 @@ class MultiHeadBench:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
         if not self.lengths or any(length < 1 or length % self.items for length in self.lengths):
             raise ValueError(f"lengths is {self.lengths}; give at least one, of whole chunks of {self.items}")
-        if self.items * WIDTH < 2 * self.width:
+        if "MHA" in self.attentions and self.items * WIDTH < 2 * self.width:
             raise ValueError(
                 f"items is {self.items}: below {2 * self.width // WIDTH}, queries ask keys, not behaviours"
             )
@@ -80,37 +90,42 @@ QUICK: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
+    attention: str
     length: int
     groups: int  # queries of an example
-    mapped: bool  # a linear map of the behaviours is left to the attention
+
+    @property
+    def mapped(self) -> bool:
+        """A linear map of the behaviours is left to the attention."""
+        return self.attention == "MHA" and self.groups > 1
 
     @property
     def name(self) -> str:
         asked = "a query" if self.groups == 1 else f"{self.groups} queries"
-        return f"{self.length:,} behaviours, {asked}{', a map' * self.mapped}"
+        return f"{self.attention}, {self.length:,} behaviours, {asked}{', a map' * self.mapped}"
 
 
-def run(config: MultiHeadBench) -> results.Result:
+def run(config: InterestBench) -> results.Result:
     """Case by case: compiles, compares, times; prints the tables, writes result and report."""
     if config.quick:
-        config = MultiHeadBench(**(vars(config) | QUICK))
+        config = InterestBench(**(vars(config) | QUICK))
     shapes = [(config.batch, length, config.width) for length in config.lengths]
-    if not (config.quick or all(multi_head_gpu.runs("bfloat16", shape, config.heads) for shape in shapes)):
-        raise ValueError("the kernels do not run here: they want an NVIDIA GPU and such sizes (`multi_head_gpu.runs`)")
+    if not (config.quick or all(serves("bfloat16", shape) for shape in shapes)):
+        raise ValueError("the kernels do not run here: they want an NVIDIA GPU and such sizes (`triton_gpu.serves`)")
     started, rows = results.begin(), list[Row]()
-    for length in config.lengths:
-        for case in (Case(length, length // config.items, True), Case(length, 1, False)):
-            found = measure(config, case)
+    for attention, length in itertools.product(config.attentions, config.lengths):
+        for groups in (length // config.items, 1):
+            found = measure(config, case := Case(attention, length, groups))
             print(f"{case.name}\n{progress.table(found)}\n", flush=True)
             rows += found
-    outcome = results.record("multi_head_bench", started=started, seeds=[0], rows=rows, figures=summarize(rows, config))
+    outcome = results.record("interest_bench", started=started, seeds=[0], rows=rows, figures=summarize(rows, config))
     results.write(config.out / "result.json", outcome)
     report.write(config.out / "report.html", page(outcome))
     print(f"report: {config.out / 'report.html'}   result: {config.out / 'result.json'}   {outcome.seconds:.0f} s")
     return outcome
 
 
-def measure(config: MultiHeadBench, case: Case) -> list[Row]:
+def measure(config: InterestBench, case: Case) -> list[Row]:
     """A row a contender: milliseconds of both kinds of pass, and how far its numbers are from XLA's."""
     mask, given = inputs(config, case)
     passes = {"forward": forward, "both": gradients}
@@ -136,7 +151,8 @@ def measure(config: MultiHeadBench, case: Case) -> list[Row]:
         reasons |= failed
     rows: list[Row] = []
     for name in names:
-        row: Row = {"case": case.name, "length": case.length, "mapped": case.mapped, "contender": name}
+        row: Row = {"case": case.name, "attention": case.attention, "length": case.length, "queries": case.groups}
+        row["contender"] = name
         if name in off and name not in reasons:
             row |= {"forward_ms": float(np.median(ms["forward"][name])), **timing.summary(ms["both"][name], None)}
             row |= {"speedup": float(np.median(ms["both"]["XLA"] / ms["both"][name])), "off": off[name]}
@@ -146,18 +162,20 @@ def measure(config: MultiHeadBench, case: Case) -> list[Row]:
     return rows
 
 
-def contenders(config: MultiHeadBench, case: Case) -> dict[str, Tuning | None]:
-    """XLA (None), the kernels as taken, and those of each shape."""
-    taken = multi_head_gpu.MAPPED if case.mapped else multi_head_gpu.DEFAULT
-    found: dict[str, Tuning | None] = {"XLA": None, "as taken": taken._replace(interpret=config.quick)}
+def contenders(config: InterestBench, case: Case) -> dict[str, Any]:
+    """XLA (None), and the tuning of the kernels as taken, and in each shape."""
+    kernels = KERNELS[case.attention]
+    taken = kernels.MAPPED if case.mapped else kernels.DEFAULT
+    found = {"XLA": None, "as taken": taken._replace(interpret=config.quick)}
     for given in config.shapes:
-        shape = Shape(*map(int, given.split("/")))
-        found[given] = Tuning(shape, shape, config.quick)
+        shape = kernels.Shape(*map(int, given.split("/")))
+        found[given] = kernels.Tuning(shape, shape, config.quick)
     return found
 
 
-def inputs(config: MultiHeadBench, case: Case) -> tuple[Array, tuple[Any, ...]]:
-    """The mask; and behaviours, zeros at padding, their map, queries, and the values' matrix."""
+def inputs(config: InterestBench, case: Case) -> tuple[Array, tuple[Any, ...]]:
+    """The mask; and behaviours, zeros at padding, and: of MHA their map, queries, and the values' matrix; of CAN the
+    micro-MLPs."""
     draw = np.random.default_rng(0)
     size, d = config.batch, config.width
 
@@ -167,23 +185,29 @@ def inputs(config: MultiHeadBench, case: Case) -> tuple[Array, tuple[Any, ...]]:
 
     mask = jnp.asarray(np.arange(case.length) >= draw.integers(0, case.length // 2 + 1, (size, 1)))
     sequence = jnp.where(mask[..., None], some(size, case.length, d), 0)
+    if case.attention == "CAN":
+        return mask, (sequence, some(size, case.groups, parameters(d, MICRO), scale=0.1))
     linear = (jnp.eye(d, dtype=jnp.bfloat16) + some(size, d, d, scale=0.1), some(size, d)) if case.mapped else None
     queries = some(size, case.groups, config.heads, d, scale=0.2)
     return mask, (sequence, linear, queries, some(d, config.heads, WIDTH, scale=0.2))
 
 
-def forward(config: MultiHeadBench, tuning: Tuning | None, mask: Array, given: tuple[Any, ...]) -> Array:
+def forward(config: InterestBench, tuning: Any, mask: Array, given: tuple[Any, ...]) -> Array:
     """The answer, of what `inputs` gives."""
+    if len(given) == 2:
+        sequence, induction = given
+        read: Any = by_xla if tuning is None else partial(can_gpu.summed, tuning=tuning)
+        return read(sequence, mask, induction, MICRO, ORDERS).astype(sequence.dtype)
     sequence, linear, queries, value = given
     if tuning is not None:
         return multi_head_gpu.attend(sequence, mask, linear, queries, value, tuning)
     module = MultiHead(config.heads, WIDTH, dtype="bfloat16")
     params = {"params": {"value": {"kernel": value.astype(jnp.float32)}}}
-    read: Any = module.apply(params, Mapped(sequence, mask, linear), queries, method="attend")
+    read = module.apply(params, Mapped(sequence, mask, linear), queries, method="attend")
     return read
 
 
-def gradients(config: MultiHeadBench, tuning: Tuning | None, mask: Array, given: tuple[Any, ...]) -> tuple[Array, Any]:
+def gradients(config: InterestBench, tuning: Any, mask: Array, given: tuple[Any, ...]) -> tuple[Array, Any]:
     """The answer, and the gradients of all that is given, for a slope that is the same for all."""
     answer, pull = jax.vjp(partial(forward, config, tuning, mask), given)
     slope = jnp.cos(jnp.arange(answer.size, dtype=jnp.float32)).reshape(answer.shape).astype(answer.dtype)
@@ -209,11 +233,13 @@ def _time(call: Any, given: tuple[Any, ...], steps: int) -> float:
     return 1000 * (time.perf_counter() - began) / steps
 
 
-def summarize(rows: list[Row], config: MultiHeadBench) -> dict[str, float]:
+def summarize(rows: list[Row], config: InterestBench) -> dict[str, float]:
     """What the kernels as taken gain over XLA, forward and backward; of the sizes of a test named small_..."""
     start = "small_" * config.quick
     return {
-        f"{start}speedup_{row['length']}{'_mapped' * bool(row['mapped'])}": float(row["speedup"] or 0)
+        f"{start}{str(row['attention']).lower()}_speedup_{row['length']}{'_chunks' * (row['queries'] != 1)}": float(
+            row["speedup"] or 0
+        )
         for row in rows
         if row["contender"] == "as taken" and "speedup" in row
     }
@@ -230,7 +256,7 @@ def page(outcome: results.Result) -> str:
         panels.append(report.Panel(case, drawn, "Medians; contenders in turn within each repeat."))
     return report.page(
         outcome,
-        "Multi-head target attention in one pass",
+        "Target attentions in one pass",
         lead="Kernels beside XLA on the same behaviours; each answer and gradient was compared with XLA's first.",
         headline=outcome.rows,
         panels=panels,

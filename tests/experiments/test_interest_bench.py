@@ -1,26 +1,28 @@
-"""The benchmark of the multi-head kernels in small: what it compares, what it refuses to time."""
+"""The benchmark of the kernels of target attentions in small: what it compares, what it refuses to time."""
 
 import numpy as np
 import pytest
 
-from experiments import multi_head_bench, results
-from experiments.multi_head_bench import MultiHeadBench
+from experiments import interest_bench, results
+from experiments.interest_bench import InterestBench
 from experiments.steps import timing
 from rec_core.interest import multi_head_gpu
 
 
 def test_kernels_are_compared_with_xla_and_timed_beside_it(tmp_path, capsys):
-    made = multi_head_bench.run(MultiHeadBench(quick=True, out=tmp_path))
+    made = interest_bench.run(InterestBench(quick=True, out=tmp_path))
     assert results.read(tmp_path / "result.json") == made
-    assert set(made.figures) == {"small_speedup_40", "small_speedup_40_mapped"}
-    for mapped in (True, False):
-        rows = {row["contender"]: row for row in made.rows if row["mapped"] == mapped}
+    assert set(made.figures) == {
+        f"small_{attention}_speedup_40{case}" for attention in ("mha", "can") for case in ("", "_chunks")
+    }
+    for case in {row["case"] for row in made.rows}:
+        rows = {row["contender"]: row for row in made.rows if row["case"] == case}
         assert list(rows) == ["XLA", "as taken", "16/1/1"]
         assert rows["XLA"]["speedup"] == 1 and rows["XLA"]["off"] == 0
         for row in rows.values():
-            assert row["off"] < multi_head_bench.OFF and row["ms_low"] <= row["ms"] <= row["ms_high"]
+            assert row["off"] < interest_bench.OFF and row["ms_low"] <= row["ms"] <= row["ms_high"]
         assert rows["as taken"]["off"] > 0, "the kernels' numbers are XLA's to the bit: it was not the kernels that ran"
-    assert "40 behaviours, 4 queries, a map" in (tmp_path / "report.html").read_text() + capsys.readouterr().out
+    assert "MHA, 40 behaviours, 4 queries, a map" in (tmp_path / "report.html").read_text() + capsys.readouterr().out
 
 
 def test_what_is_off_is_not_timed(tmp_path, monkeypatch):
@@ -32,8 +34,8 @@ def test_what_is_off_is_not_timed(tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(multi_head_gpu, "attend", off)
-    config = MultiHeadBench(**vars(MultiHeadBench(quick=True)) | multi_head_bench.QUICK)
-    rows = multi_head_bench.measure(config, multi_head_bench.Case(40, 1, False))
+    config = InterestBench(**vars(InterestBench(quick=True)) | interest_bench.QUICK)
+    rows = interest_bench.measure(config, interest_bench.Case("MHA", 40, 1))
     assert [("ms" in row, "reason" in row) for row in rows] == [(True, False), (True, False), (False, True)]
     assert rows[2]["reason"].startswith("off by 0.0")
 
@@ -44,9 +46,9 @@ def test_what_is_off_is_not_timed(tmp_path, monkeypatch):
         return found | {("as taken", "both"): timing.Program(None, "no room")}
 
     monkeypatch.setattr(timing, "compile_all", failed)
-    rows = multi_head_bench.measure(config, multi_head_bench.Case(40, 1, False))
+    rows = interest_bench.measure(config, interest_bench.Case("MHA", 40, 1))
     assert "ms" in rows[0] and [row.get("reason", "")[:7] for row in rows] == ["", "no room", "off by "]
-    assert multi_head_bench.distance(np.array([1.0, np.nan]), np.ones(2)) == np.inf
+    assert interest_bench.distance(np.array([1.0, np.nan]), np.ones(2)) == np.inf
 
 
 @pytest.mark.parametrize(
@@ -57,14 +59,15 @@ def test_what_is_off_is_not_timed(tmp_path, monkeypatch):
         ({"lengths": (205,)}, "of whole chunks of 10"),
         ({"lengths": ()}, "give at least one"),
         ({"repeats": 0}, "repeats is 0"),
+        ({"attentions": ("DIN",)}, r"attentions is \('DIN',\); give some of"),
         ({"items": 5}, "items is 5: below 8"),
     ],
 )
 def test_impossible_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        MultiHeadBench(**change)
+        InterestBench(**change)
 
 
 def test_where_kernels_do_not_run_that_is_said(tmp_path):
     with pytest.raises(ValueError, match="want an NVIDIA GPU"):
-        multi_head_bench.run(MultiHeadBench(out=tmp_path))
+        interest_bench.run(InterestBench(out=tmp_path))
