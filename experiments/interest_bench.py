@@ -165,7 +165,8 @@ def measure(config: InterestBench, case: Case) -> list[Row]:
 def contenders(config: InterestBench, case: Case) -> dict[str, Any]:
     """XLA (None), and the tuning of the kernels as taken, and in each shape."""
     kernels = KERNELS[case.attention]
-    taken = kernels.MAPPED if case.mapped else kernels.DEFAULT
+    chunks = {"MHA": multi_head_gpu.MAPPED, "CAN": can_gpu.GROUPED}
+    taken = kernels.DEFAULT if case.groups == 1 else chunks[case.attention]
     found = {"XLA": None, "as taken": taken._replace(interpret=config.quick)}
     for given in config.shapes:
         shape = kernels.Shape(*map(int, given.split("/")))

@@ -28,7 +28,8 @@ from rec_core.interest.triton_gpu import Shape, Tuning, call, loop, on_each_devi
 COLUMNS = 64  # of a block at most, as registers are limited
 SMALLEST = 4  # behaviours of a group: with fewer, most of what is computed is of no group; not timed
 WIDEST_LAYER = 16  # units; not timed above
-DEFAULT = Tuning(Shape(32, 2), Shape(32, 2))
+DEFAULT = Tuning(Shape(32, 1), Shape(16, 1))
+GROUPED = Tuning(Shape(32, 1), Shape(32, 2))  # more than one group
 
 
 class Blocks(NamedTuple):
@@ -86,9 +87,9 @@ def summed(
     Args:
       sequence, mask: behaviours, finite everywhere, and which are no padding.
       induction: weights and biases, each of T / G neighbouring behaviours; G divides T. Products are of its dtype.
-      tuning: default `DEFAULT`.
+      tuning: default `DEFAULT`, with several groups `GROUPED`.
     """
-    read = partial(_read, hidden, orders, tuning or DEFAULT)
+    read = partial(_read, hidden, orders, tuning or (DEFAULT if induction.shape[1] == 1 else GROUPED))
     return on_each_device(read, sequence, mask, induction)
 
 

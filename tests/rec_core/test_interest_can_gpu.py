@@ -93,7 +93,8 @@ def test_modules_are_given_kernels(monkeypatch, of):
 
     wanted = jax.jit(both)(params)
     monkeypatch.setattr(can_gpu, "runs", lambda *shapes: True)
-    monkeypatch.setattr(can_gpu, "DEFAULT", tuned(16, 16))
+    for name in ("DEFAULT", "GROUPED"):
+        monkeypatch.setattr(can_gpu, name, tuned(16, 16))
     traced = jax.jit(lambda params: both(params)).trace(params)
     assert str(traced.jaxpr).count("pallas_call[") == 2
     got = traced.lower().compile()(params)
