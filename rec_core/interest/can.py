@@ -21,7 +21,6 @@ from jaxtyping import Array, Bool, Float
 
 from rec_core.interest import can_gpu
 from rec_core.interest.base import Behaviors, Interest, by_query, check_positive
-from rec_core.interest.triton_gpu import serves
 
 NARROW = 8  # units of a layer, up to which it is written unit by unit
 
@@ -43,17 +42,6 @@ class CAN(Interest):
     orders: int = 3
     generate: bool = True
 
-    def encode(
-        self,
-        sequence: Float[Array, "B T d"],
-        mask: Bool[Array, "B T"],
-        *,
-        time: Float[Array, "B T"] | None = None,
-    ) -> Behaviors:
-        if serves(self.dtype, sequence.shape):  # kernels read the mask
-            return Behaviors(sequence.astype(self.dtype), mask.astype(bool))
-        return Behaviors(*super().encode(sequence, mask))
-
     @nn.compact
     def read(self, encoded: Behaviors, target: Float[Array, "B d"] | Float[Array, "B G d"]) -> Float[Array, "B d_out"]:
         check_positive(self, "hidden", "orders")
@@ -68,12 +56,10 @@ class CAN(Interest):
                 f"{(sequence.shape[-1], *self.hidden)}; give it that width, or generate=True"
             )
         induction, _ = by_query(induction, sequence)  # a micro-MLP a query
-        unit = induction, tuple(self.hidden), self.orders
+        given = sequence, mask, induction, tuple(self.hidden), self.orders
         if can_gpu.runs(self.dtype, sequence.shape, induction.shape, self.hidden):
-            return can_gpu.summed(sequence, mask, *unit).astype(self.dtype)
-        if serves(self.dtype, sequence.shape):
-            sequence = jnp.where(mask[..., None], sequence, 0)
-        return by_xla(sequence, mask, *unit)
+            return can_gpu.summed(*given).astype(self.dtype)
+        return by_xla(*given)
 
 
 def by_xla(

@@ -85,7 +85,7 @@ def summed(
     """All layers of the micro-MLPs for all powers, summed over the behaviours that are present, in float32.
 
     Args:
-      sequence, mask: behaviours, whatever stands at padding, and which are none.
+      sequence, mask: behaviours, finite everywhere, and which are no padding.
       induction: weights and biases, each of T / G neighbouring behaviours; G divides T. Products are of its dtype.
       tuning: default `DEFAULT`, with several groups `GROUPED`.
     """
@@ -265,9 +265,7 @@ def _load_rows(blocks: Blocks, sequence: Any, mask: Any, i: Any, j: Any) -> tupl
     inside = (within < blocks.groups * blocks.size) & (place < blocks.length)
     there = triton.load(mask.at[place], mask=inside, other=False)
     at = sequence.at[place[:, None], jnp.arange(sequence.shape[-1])[None]]
-    # Behaviours are not asked for by what the mask says: that would wait for it.
     rows = triton.load(at, mask=inside[:, None], other=0).astype(jnp.float32)
-    rows = jnp.where(there[:, None], rows, 0)
     slot = jax.lax.div(within, blocks.size)
     own = [
         there[:, None] & (slot[:, None] == jax.lax.div(jnp.arange(columns), units)[None])

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from ads_jax import ADS
-from rec_core.interest import CAN, can, can_gpu
+from rec_core.interest import CAN, can_gpu
 from rec_core.interest.can import by_layer, parameters, summed
 from rec_core.interest.triton_gpu import Shape, Tuning
 
@@ -21,8 +21,6 @@ CASES = {
     "three layers": (2, 3, 10, 16, (3, 2, 2), 2, (32, 64)),
     "a block larger than the sequence": (2, 2, 5, 16, (16, 1), 1, (64, 64)),
 }
-
-GARBAGE = np.array([np.nan, np.inf, -np.inf, 3e38], np.float32)
 
 
 def draw(*shape, seed=0):
@@ -39,8 +37,7 @@ def answers(case, dtype, kernels):
     size, groups, rows, d, hidden, orders, blocks = CASES[case]
     mask = np.random.default_rng(0).random((size, groups * rows)) < 0.7
     mask[0] = False
-    padding = np.resize(GARBAGE, d) if kernels else 0
-    sequence = jnp.asarray(np.where(mask[..., None], draw(size, groups * rows, d) / 2, padding), dtype)
+    sequence = jnp.asarray(np.where(mask[..., None], draw(size, groups * rows, d) / 2, 0), dtype)
     induction = jnp.asarray(draw(size, groups, parameters(d, hidden)) / 4, dtype)
 
     def read(sequence, induction):
@@ -95,9 +92,6 @@ def test_modules_are_given_kernels(monkeypatch, of):
         return out, back(draw(*out.shape))
 
     wanted = jax.jit(both)(params)
-    monkeypatch.setattr(can, "serves", lambda dtype, shape: True)
-    left = jax.jit(lambda params: both(params))(params)  # to XLA, as a query for each behaviour is
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), left, wanted)
     monkeypatch.setattr(can_gpu, "runs", lambda *shapes: True)
     for name in ("DEFAULT", "GROUPED"):
         monkeypatch.setattr(can_gpu, name, tuned(16, 16))
