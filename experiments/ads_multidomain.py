@@ -258,8 +258,7 @@ def _finish(outcome: results.Result, config: AdsMultidomain) -> results.Result:
             line |= {key: row.get(key) for key in ("learning_rate", "table_rate", "parameters")}
             headline.append(line | {"epochs": f"{row['epochs']:g}"})
         shown: dict[str, Any] = {"samples": _samples(own), "seeds": len({row["seed"] for row in seeds})}
-        known = outcome.figures.get("oracle_auc") if data == world_name(config.main) else None
-        oracle = next((float(row["oracle_auc"] or 0) for row in own if "oracle_auc" in row), known)
+        oracle = next((float(row["oracle_auc"] or 0) for row in own if "oracle_auc" in row), None)
         bars = figures.auc_bars(auc, oracle=oracle, title=f"AUC on {data}")
         text = "Test samples of the last tenth of the time."
         panels.append(report.Panel(f"AUC on {data}", bars, text, **shown, interval="95 %, t over seeds"))

@@ -294,14 +294,9 @@ SYSTEMS: dict[str, dict[str, Callable[[Result], str]]] = {
     "DCAF": {"dcaf": _dcaf},
     "ADS": {
         "ads_multidomain": readme_sections.multidomain,
-        "ads_multidomain_one_epoch": partial(
-            readme_sections.multidomain,
-            name="ads_multidomain_one_epoch",
-            note="An older run on more data, superseded where both have some: one epoch for every model, too little "
-            "for multi-head attention and DIN, and no model but ADS knew where in the sequence a behaviour stands.",
-        ),
         "ads_chunks": readme_sections.chunks,
         "ads_cost": readme_sections.ads_cost,
+        "interest_bench": readme_sections.interest_bench,
     },
     "BAHE": {
         "bahe_text": readme_sections.bahe_text,

@@ -110,12 +110,8 @@ def data_name(data: Any) -> str:
     return TITLES.get(str(data), str(data))
 
 
-def multidomain(result: Result, name: str = "ads_multidomain", note: str = "") -> str:
-    """ADS over its best rival, over the attention alone and over its control without the domain.
-
-    Args:
-      name: of the result's file. note: what to know before reading it.
-    """
+def multidomain(result: Result) -> str:
+    """ADS over its best rival, over the attention alone and over its control without the domain."""
     rows: Sequence[Values] = result.rows
     compared = {(row["data"], row["comparison"]): row for row in rows if "comparison" in row}
     lines = []
@@ -128,20 +124,18 @@ def multidomain(result: Result, name: str = "ads_multidomain", note: str = "") -
                 cells = [data_name(data), attention, rival, difference(found[0], "imp", 2)]
                 lines.append([*cells, *(difference(row, "auc_difference") for row in found)])
     heading = ["data", "attention", "best rival", "over it, Imp %", "over it, AUC", "over the attention alone, AUC"]
-    f, zero, at_zero = result.figures, "gain_at_zero_domain_dial", ""
-    if zero in f:
-        within = f[f"{zero}_low"] >= -0.0005 and f[f"{zero}_high"] <= 0.0005
-        at_zero = (
-            f"Where the world's domains do not differ (0), ADS over the attention alone is {interval(f, zero)}, mean "
-            f"over attentions and the widest ends of their intervals (goal: within 0.0005 of zero, {verdict(within)})."
-        )
+    f, at_zero = result.figures, []
+    for name, base in (("domain_dial", "the attention alone"), ("over_constant_domain", "ADS without the domain")):
+        if (zero := f"gain_at_zero_{name}") in f:
+            within = f[f"{zero}_low"] >= -0.0005 and f[f"{zero}_high"] <= 0.0005
+            at_zero.append(f"over {base} is {interval(f, zero)} (goal: within 0.0005 of zero, {verdict(within)})")
+    there = f"Where the world's domains do not differ (0), ADS {', and '.join(at_zero)}: means over attentions and the "
     elsewhere = {
         data_name(row["data"]): f"on {row['measured_on']} by `{row['command']}` (commit {row['commit'][:12]})"
         for row in rows
         if "measured_on" in row
     }
     return joined(
-        prose(note),
         prose(
             f"ADS on three attentions ({device(result)} seeds; test AUC, {PAIRED}), against the rival that is best in "
             "validation, against the attention alone, and against ADS with ones in the domain's place, which has the "
@@ -149,9 +143,9 @@ def multidomain(result: Result, name: str = "ads_multidomain", note: str = "") -
             "it is not said), over the second best: DIN +0.47 %, MHA +0.20 %, CAN +0.20 %:"
         ),
         table([*heading, "over ADS without the domain, AUC"], lines),
-        prose(at_zero),
+        prose(f"{there}widest ends of their intervals." if at_zero else ""),
         prose(along_the_dial(compared)),
-        f"Command: {command(result, name)}{''.join(f'; {data} {how}' for data, how in elsewhere.items())}.",
+        f"Command: {command(result, 'ads_multidomain')}{''.join(f'; {data} {how}' for data, how in elsewhere.items())}.",
     )
 
 
@@ -230,6 +224,8 @@ def ads_cost(result: Result) -> str:
         goals.append(f"{x:+.1f} % unchunked (goal: +15 or less, {verdict(x <= 15)})")
     if (x := f.get("din_overhead_chunk10_pct")) is not None and (y := f.get("din_overhead_full_pct")) is not None:
         goals.append(f"around DIN {x:+.1f} and {y:+.1f} %")
+    if (x := f.get("can_overhead_chunk10_pct")) is not None and (y := f.get("can_overhead_full_pct")) is not None:
+        goals.append(f"around CAN {x:+.1f} and {y:+.1f} %")
     if (x := f.get("two_gpu_speedup")) is not None:
         two = next((f" ({row['measured_on']})" for row in rows if "measured_on" in row), "")
         goals.append(
@@ -248,6 +244,25 @@ def ads_cost(result: Result) -> str:
         _missing(rows, ("what", "attention", "length", "model")),
         f"Command: {command(result, 'ads_cost')}.",
         *_elsewhere(rows),
+    )
+
+
+def interest_bench(result: Result) -> str:
+    """Kernels of target attentions beside XLA."""
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in result.rows if "ms" in row):
+        own: dict[Any, Values] = {row["contender"]: row for row in result.rows if row["case"] == case and "ms" in row}
+        fastest = min(own, key=lambda name: own[name]["ms"])
+        cells = [f"{row['ms']:.3f}" if (row := own.get(name)) else "" for name in ("XLA", "as taken")]
+        lines.append([case, *cells, f"{own[fastest]['ms']:.3f} ({fastest})"])
+    return joined(
+        prose(
+            f"Target attentions forward and backward, ms ({machine(result)}): what XLA makes of them, kernels as they "
+            "were taken then, and the fastest of all (both kernels in one shape: behaviours in a block / warps / "
+            "stages; `rec_core/interest/NOTES.md` has what is taken since):"
+        ),
+        table(["case", "XLA", "as taken", "fastest"], lines),
+        f"Command: {command(result, 'interest_bench')}.",
     )
 
 
