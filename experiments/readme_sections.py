@@ -145,7 +145,8 @@ def multidomain(result: Result) -> str:
         table([*heading, "over ADS without the domain, AUC"], lines),
         prose(f"{there}widest ends of their intervals." if at_zero else ""),
         prose(along_the_dial(compared)),
-        f"Command: {command(result, 'ads_multidomain')}{''.join(f'; {data} {how}' for data, how in elsewhere.items())}.",
+        f"Command: {command(result, 'ads_multidomain')}"
+        f"{''.join(f'; {data} {how}' for data, how in elsewhere.items())}.",
     )
 
 

@@ -232,7 +232,7 @@ MADE = {
     "sim_lifelong": sim_lifelong_result, "ads_multidomain": ads_multidomain_result, "ads_chunks": ads_chunks_result,
     "ads_cost": ads_cost_result, "bahe_text": bahe_text_result, "bahe_cost": bahe_cost_result,
     "interest_bench": lambda: (
-        [{"case": "CAN", "contender": name, "ms": ms} for name, ms in (("XLA", 2.0), ("as taken", 1.5), ("32/1/1", 1.0))]
+        [{"case": "CAN", "contender": x, "ms": ms} for x, ms in (("XLA", 2.0), ("as taken", 1.5), ("32/1/1", 1.0))]
         + [{"case": "MHA", "contender": "XLA", "reason": "no room"}],
         {},
     ),
