@@ -251,8 +251,9 @@ def ads_cost(result: Result) -> str:
 def interest_bench(result: Result) -> str:
     """Kernels of target attentions beside XLA."""
     lines = []
-    for case in dict.fromkeys(row["case"] for row in result.rows if "ms" in row):
-        own: dict[Any, Values] = {row["contender"]: row for row in result.rows if row["case"] == case and "ms" in row}
+    rows: Sequence[Values] = [row for row in result.rows if "ms" in row]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        own = {row["contender"]: row for row in rows if row["case"] == case}
         fastest = min(own, key=lambda name: own[name]["ms"])
         cells = [f"{row['ms']:.3f}" if (row := own.get(name)) else "" for name in ("XLA", "as taken")]
         lines.append([case, *cells, f"{own[fastest]['ms']:.3f} ({fastest})"])

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
-from rec_core.interest.triton_gpu import Shape, Tuning, call, loop, on_each_device, serves, triton
+from rec_core.interest.triton_gpu import Shape, Tuning, call, dot, loop, on_each_device, serves, triton
 
 COLUMNS = 64  # of a block at most, as registers are limited
 SMALLEST = 4  # behaviours of a group: with fewer, most of what is computed is of no group; not timed
@@ -117,10 +117,8 @@ def _forward(
 def _backward(hidden: tuple[int, ...], orders: int, tuning: Tuning, given: Any, gradient: Array) -> Any:
     sequence, _, induction = given
     blocks = _blocks(tuning.backward, hidden, orders, sequence, induction)
-    given, made = (
-        (*given, gradient.reshape(len(gradient), orders, -1)),
-        [(x.shape, x.dtype) for x in (sequence, induction)],
-    )
+    given = (*given, gradient.reshape(len(gradient), orders, -1))
+    made = [(x.shape, x.dtype) for x in (sequence, induction)]
     of_sequence, of_induction = call(partial(_backward_kernel, blocks), given, made, tuning.backward, tuning.interpret)
     return of_sequence, None, of_induction
 
@@ -156,13 +154,7 @@ def _forward_kernel(blocks: Blocks, sequence: Any, mask: Any, induction: Any, *s
 
 
 def _backward_kernel(
-    blocks: Blocks,
-    sequence: Any,
-    mask: Any,
-    induction: Any,
-    gradient: Any,
-    of_sequence: Any,
-    of_induction: Any,
+    blocks: Blocks, sequence: Any, mask: Any, induction: Any, gradient: Any, of_sequence: Any, of_induction: Any
 ) -> None:
     dtype = induction.dtype
 
@@ -180,14 +172,14 @@ def _backward_kernel(
                 for k in reversed(range(len(layers))):
                     g = jnp.where(own[k], slope[k][None], 0)
                     if k < len(layers) - 1:
-                        g = (g + _dot(above, layers[k + 1].weight, 1, 1)) * (1 - units[k] * units[k])
+                        g = (g + dot(above, layers[k + 1].weight, 1, 1)) * (1 - units[k] * units[k])
                         g = jnp.where(own[k], g, 0)
                     above = g.astype(dtype)
                     under = power if k == 0 else units[k - 1]
                     totals[k] = Layer(
-                        totals[k].weight + _dot(under.astype(dtype), above, 0, 0), totals[k].bias + g.sum(0)
+                        totals[k].weight + dot(under.astype(dtype), above, 0, 0), totals[k].bias + g.sum(0)
                     )
-                of_rows += (c + 1) * below * _dot(above, layers[0].weight, 1, 1)
+                of_rows += (c + 1) * below * dot(above, layers[0].weight, 1, 1)
                 return of_rows, power, tuple(totals)
 
             state = jnp.zeros(rows.shape, jnp.float32), jnp.ones(rows.shape, jnp.float32), totals
@@ -210,7 +202,7 @@ def _through(layers: Any, own: Any, power: Any) -> list[Any]:
     """By layer, the units [rows, columns] in float32, 0 where row and column are not of one group."""
     found, below = [], power
     for k, (weight, bias) in enumerate(layers):
-        y = _dot(below.astype(weight.dtype), weight, 1, 0) + bias[None]
+        y = dot(below.astype(weight.dtype), weight, 1, 0) + bias[None]
         below = jnp.where(own[k], y if k == len(layers) - 1 else jnp.tanh(y), 0)
         found.append(below)
     return found
@@ -220,9 +212,7 @@ def _places(blocks: Blocks, i: Any, d: int) -> list[Any]:
     """By layer, where in the example's `[G, size]` its matrix [rows or columns, columns] and its biases [columns] are,
     and which of these there are: those of one group."""
     found, start = [], 0
-    below: Any = (
-        None  # (slot, unit) of the columns of the layer below; of the first layer's rows, which all groups have
-    )
+    below: Any = None  # slots and units of the columns of the layer below; the first layer's rows are of all groups
     for (before, units), columns in zip(pairwise((d, *blocks.hidden)), blocks.columns, strict=True):
         column = jnp.arange(columns)
         slot, unit = jax.lax.div(column, units), jax.lax.rem(column, units)
@@ -272,9 +262,3 @@ def _load_rows(blocks: Blocks, sequence: Any, mask: Any, i: Any, j: Any) -> tupl
         for units, columns in zip(blocks.hidden, blocks.columns, strict=True)
     ]
     return (place, inside), rows, own
-
-
-def _dot(a: Any, b: Any, of_a: int, of_b: int) -> Any:
-    """The product over these axes, float32; of float32 not of rounded operands."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(a, b, (((of_a,), (of_b,)), ((), ())), precision, preferred_element_type=jnp.float32)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
-from rec_core.interest.triton_gpu import Shape, Tuning, call, loop, on_each_device, power_of_2, serves, triton
+from rec_core.interest.triton_gpu import Shape, Tuning, call, dot, loop, on_each_device, power_of_2, serves, triton
 
 QUERIES = 64  # rows of queries in a block at most, as registers are limited
 LOW = float(jnp.finfo(jnp.float32).min)
@@ -127,11 +127,11 @@ def _forward_kernel(blocks: Blocks, sequence: Any, mask: Any, queries: Any, *ref
         def part(j: Any, state: Any) -> Any:
             high, total, summed = state
             _, rows, own = _load_rows(blocks, sequence, mask, i, j, dtype)
-            score = jnp.where(own, _dot(rows, asked, 1, 1) + shift, LOW)
+            score = jnp.where(own, dot(rows, asked, 1, 1) + shift, LOW)
             top = jnp.maximum(high, score.max(0))
             weights = jnp.where(own, jnp.exp(score - top[None]), 0)
             less = jnp.exp(high - top)
-            summed = less[:, None] * summed + _dot(weights.astype(dtype), rows, 0, 0)
+            summed = less[:, None] * summed + dot(weights.astype(dtype), rows, 0, 0)
             return top, less * total + weights.sum(0), summed
 
         return loop(blocks.parts, part, state)
@@ -149,7 +149,7 @@ def _forward_kernel(blocks: Blocks, sequence: Any, mask: Any, queries: Any, *ref
     # Without any behaviour infinite, so that weights made from it are 0, and by that it is known.
     triton.store(lse.at[row], jnp.where(total > 0, top + jnp.log(total), jnp.inf), mask=first)
     if weight is not None:
-        summed = _dot(summed.astype(dtype), weight, 1, 0) + jnp.where(total > 0, 1.0, 0.0)[:, None] * bias[None]
+        summed = dot(summed.astype(dtype), weight, 1, 0) + jnp.where(total > 0, 1.0, 0.0)[:, None] * bias[None]
     triton.store(_rows(read, row), summed.astype(dtype), mask=first[:, None])
 
 
@@ -162,7 +162,7 @@ def _backward_kernel(
     row = jnp.arange(size)
     head = jax.lax.rem(row, blocks.heads)  # each slot reads those of its head
     of_read, kept, lse = gradient[head], kept[head], lse[head]
-    of_kept = of_read if weight is None else _dot(of_read, weight, 1, 1).astype(dtype)
+    of_kept = of_read if weight is None else dot(of_read, weight, 1, 1).astype(dtype)
     level = (of_kept * kept).sum(1)
 
     def step(i: Array, of_linear: Any) -> Any:
@@ -172,19 +172,19 @@ def _backward_kernel(
         def part(j: Any, state: Any) -> Any:
             of_asked, of_shift = state
             (place, inside), rows, own = _load_rows(blocks, sequence, mask, i, j, dtype)
-            weights = jnp.where(own, jnp.exp(_dot(rows, asked, 1, 1) + shift - lse[None]), 0)
-            of_score = weights * (_dot(rows, of_kept, 1, 1) - level[None])
-            of_rows = _dot(weights.astype(dtype), of_kept, 1, 0) + _dot(of_score.astype(dtype), asked, 1, 0)
+            weights = jnp.where(own, jnp.exp(dot(rows, asked, 1, 1) + shift - lse[None]), 0)
+            of_score = weights * (dot(rows, of_kept, 1, 1) - level[None])
+            of_rows = dot(weights.astype(dtype), of_kept, 1, 0) + dot(of_score.astype(dtype), asked, 1, 0)
             triton.store(_rows(of_sequence, place), of_rows.astype(of_sequence.dtype), mask=inside)
-            return of_asked + _dot(of_score.astype(dtype), rows, 0, 0), of_shift + of_score.sum(0)
+            return of_asked + dot(of_score.astype(dtype), rows, 0, 0), of_shift + of_score.sum(0)
 
         state = jnp.zeros((size, d), jnp.float32), jnp.zeros(size, jnp.float32)
         of_asked, of_shift = loop(blocks.parts, part, state)
         of_query = of_asked
         if weight is not None:
             of_asked, of_shift = of_asked.astype(dtype), of_shift[:, None]
-            of_query = _dot(of_asked, weight, 1, 0) + of_shift * bias[None]
-            of_linear = of_linear[0] + _dot(of_asked, query, 0, 0), of_linear[1] + (of_shift * query).sum(0)
+            of_query = dot(of_asked, weight, 1, 0) + of_shift * bias[None]
+            of_linear = of_linear[0] + dot(of_asked, query, 0, 0), of_linear[1] + (of_shift * query).sum(0)
         at, there = _queries_at(blocks, queries, i)
         triton.store(_rows(of_queries, at), of_query.astype(dtype), mask=there)
         return of_linear
@@ -193,7 +193,7 @@ def _backward_kernel(
         loop(blocks.steps, step, ())
         return
     first = (row < blocks.heads) & (lse < jnp.inf)
-    of_weight = _dot(jnp.where(first[:, None], kept, 0).astype(dtype), of_read, 0, 0)
+    of_weight = dot(jnp.where(first[:, None], kept, 0).astype(dtype), of_read, 0, 0)
     of_bias = jnp.where(first[:, None], of_read.astype(jnp.float32), 0).sum(0)
     for ref, x in zip(of_linear, loop(blocks.steps, step, (of_weight, of_bias)), strict=True):
         ref[...] = x.astype(ref.dtype)
@@ -223,7 +223,7 @@ def _map(query: Any, weight: Any, bias: Any) -> tuple[Any, Any]:
     """Queries in the space of the behaviours, and what they add to the score at all of their behaviours."""
     if weight is None:
         return query, jnp.zeros((1, query.shape[0]), jnp.float32)
-    return _dot(query, weight, 1, 1).astype(query.dtype), (query * bias[None]).sum(1)[None]
+    return dot(query, weight, 1, 1).astype(query.dtype), (query * bias[None]).sum(1)[None]
 
 
 def _load_rows(blocks: Blocks, sequence: Any, mask: Any, i: Any, j: Any, dtype: Any) -> tuple[Any, Any, Any]:
@@ -243,9 +243,3 @@ def _load_rows(blocks: Blocks, sequence: Any, mask: Any, i: Any, j: Any, dtype: 
 def _over_slots(blocks: Blocks, x: Any, reduce: Callable[..., Any]) -> Any:
     split = x.reshape(-1, blocks.heads, *x.shape[1:])
     return jnp.broadcast_to(reduce(split, axis=0, keepdims=True), split.shape).reshape(x.shape)
-
-
-def _dot(a: Any, b: Any, of_a: int, of_b: int) -> Any:
-    """The product over these axes, float32; of float32 not of rounded operands."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(a, b, (((of_a,), (of_b,)), ((), ())), precision, preferred_element_type=jnp.float32)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -111,4 +112,11 @@ def call(
 
 
 def loop(count: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
+    """`fori_loop` from 0; a single turn is no loop."""
     return body(0, state) if count == 1 else jax.lax.fori_loop(0, count, body, state)
+
+
+def dot(a: Any, b: Any, of_a: int, of_b: int) -> Any:
+    """The product over these axes, float32; of float32 not of rounded operands."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(a, b, (((of_a,), (of_b,)), ((), ())), precision, preferred_element_type=jnp.float32)
