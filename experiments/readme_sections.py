@@ -144,10 +144,25 @@ def multidomain(result: Result) -> str:
         ),
         table([*heading, "over ADS without the domain, AUC"], lines),
         prose(f"{there}widest ends of their intervals." if at_zero else ""),
+        _models(rows),
         prose(along_the_dial(compared)),
         f"Command: {command(result, 'ads_multidomain')}"
         f"{''.join(f'; {data} {how}' for data, how in elsewhere.items())}.",
     )
+
+
+def _models(rows: Sequence[Values]) -> str:
+    """Test AUC of every model, mean over seeds, by data."""
+    found: dict[Any, dict[Any, list[float]]] = {}
+    for row in rows:
+        if "test_auc" in row:
+            found.setdefault(row["model"], {}).setdefault(row["data"], []).append(row["test_auc"])
+    names = list(dict.fromkeys(data for auc in found.values() for data in auc))
+    lines = [
+        [model, *(f"{sum(auc[data]) / len(auc[data]):.4f}" if data in auc else "" for data in names)]
+        for model, auc in found.items()
+    ]
+    return table(["AUC", *map(data_name, names)], lines)
 
 
 def along_the_dial(compared: Mapping[tuple[Any, Any], Values]) -> str:
