@@ -9,9 +9,8 @@ With D devices and n ids each, a device sends each owner of a part of a table as
 sends as many gradients: n / D, times the share of ids that are said to be distinct, and a tenth, where that is enough
 (`fits`: ids that are hashed, or in any order but that of popularity), else n, which always is. Rows and gradients may
 travel in fewer bits than they are added up in. Rows stay in the order in which they came, owner by owner, with what
-filled up the room between them. A table of no more rows than n travels
-whole. Sums are taken in the order of the devices, so a step gives the same bits each time and, for a whole table, on
-each device.
+filled up the room between them. A table of no more rows than n travels whole. Sums are taken in the order of the
+devices, so a step gives the same bits each time and, for a whole table, on each device.
 """
 
 import math
