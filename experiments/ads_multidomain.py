@@ -22,8 +22,8 @@ names no domains: the candidate's category (its first genre) serves, as the pape
 Models that are done are kept, so that several processes, each with an accelerator, may train a share of them in one
 folder (after one of them has made the worlds: `--no-report --only MLR`), and another makes the report of all. What
 several machines measured, each on some of the data, is one result by `--joined A.json B.json`. On two H200 with two
-processes each, compiling took 100 s for the worlds and as long for MovieLens, and each of them 85 to 100 s then; on two
-cores the slice of Taobao takes an hour.
+processes each, making and compiling took 135 s for the worlds and 110 s for MovieLens, and each of the four 85 to 100 s
+then; on two cores the slice of Taobao took an hour.
 """
 
 import os

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments import readme_sections, readme_summary, results
+from experiments import readme_ads, readme_sections, readme_summary, results
 from experiments.readme_sections import (
     PAIRED,
     Values,
@@ -293,10 +293,10 @@ SYSTEMS: dict[str, dict[str, Callable[[Result], str]]] = {
     "SIM": {"sim_lifelong": _lifelong, "sim_serving": _serving},
     "DCAF": {"dcaf": _dcaf},
     "ADS": {
-        "ads_multidomain": readme_sections.multidomain,
-        "ads_chunks": readme_sections.chunks,
-        "ads_cost": readme_sections.ads_cost,
-        "interest_bench": readme_sections.interest_bench,
+        "ads_multidomain": readme_ads.multidomain,
+        "ads_chunks": readme_ads.chunks,
+        "ads_cost": readme_ads.ads_cost,
+        "interest_bench": readme_ads.interest_bench,
     },
     "BAHE": {
         "bahe_text": readme_sections.bahe_text,

@@ -6,7 +6,7 @@ its products are many and tiny: laid out, padded and stored one by one, they cos
 are written unit by unit for accelerators, as sums that a compiler makes of the behaviours in few passes for all powers:
 with ADS in chunks of 10 the dense part of a training step takes 2.56 ms so and 4.43 as products (4,096 examples of 200
 behaviours, one H100, two runs). An MLP for each behaviour reads as much as it is given, and stays a product (6.15 ms,
-7.19 so). On a GPU, and with examples enough for it, kernels make that one pass forward and one backward (`can_gpu`).
+7.19 so). In bfloat16 on a GPU, with examples enough for it, kernels take one pass forward and one backward (`can_gpu`).
 """
 
 from collections.abc import Callable, Sequence
@@ -55,7 +55,7 @@ class CAN(Interest):
                 f"CAN: target has width {target.shape[-1]}, must be {size}, the parameters of a micro-MLP "
                 f"{(sequence.shape[-1], *self.hidden)}; give it that width, or generate=True"
             )
-        induction, _ = by_query(induction, sequence)  # a micro-MLP a query
+        induction = induction[:, None] if induction.ndim == 2 else induction  # a micro-MLP a query
         given = sequence, mask, induction, tuple(self.hidden), self.orders
         if can_gpu.runs(self.dtype, sequence.shape, induction.shape, self.hidden):
             return can_gpu.summed(*given).astype(self.dtype)
@@ -70,7 +70,7 @@ def by_xla(
     orders: int,
 ) -> Float[Array, "B d_out"]:
     """All that comes through the micro-MLPs, side by side, summed over the behaviours that are present."""
-    induction, grouped = by_query(induction, sequence)
+    _, grouped = by_query(induction, sequence)
     given = grouped, induction, mask.reshape(*grouped.shape[:-1], 1)
     layers, units = (partial(summed, f, hidden, orders) for f in (by_layer, by_unit))
     if max(hidden) > NARROW or grouped.shape[2] == 1:

@@ -14,6 +14,7 @@ tests/rec_core/test_interest_can_gpu.py compares the two, NOTES.md has times and
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -23,7 +24,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
-from rec_core.interest.triton_gpu import Shape, Tuning, call, dot, loop, on_each_device, serves, triton
+from rec_core.interest.triton_gpu import (
+    Blocks,
+    Shape,
+    Tuning,
+    call,
+    cut,
+    dot,
+    load_rows,
+    loop,
+    on_each_device,
+    rows_of,
+    serves,
+    triton,
+)  # fmt: skip
 
 COLUMNS = 64  # of a block at most, as registers are limited
 SMALLEST = 4  # behaviours of a group: with fewer, most of what is computed is of no group; not timed
@@ -32,26 +46,12 @@ DEFAULT = Tuning(Shape(32, 1), Shape(16, 1))
 GROUPED = Tuning(Shape(32, 1), Shape(32, 2))  # more than one group
 
 
-class Blocks(NamedTuple):
-    """How T behaviours in groups are cut: `steps` blocks of `groups` whole groups, each of `parts` pieces of `rows`.
+@dataclass(frozen=True)
+class Units(Blocks):
+    """Blocks, and the micro-MLP's layers and powers."""
 
-    `hidden`: units of the micro-MLP's layers.
-    """
-
-    length: int
-    size: int  # behaviours of a group
     hidden: tuple[int, ...]
     orders: int
-    groups: int
-    rows: int
-
-    @property
-    def steps(self) -> int:
-        return -(-self.length // (self.size * self.groups))
-
-    @property
-    def parts(self) -> int:
-        return -(-self.size * self.groups // self.rows)
 
     @property
     def columns(self) -> tuple[int, ...]:
@@ -126,14 +126,12 @@ def _backward(hidden: tuple[int, ...], orders: int, tuning: Tuning, given: Any, 
 _read.defvjp(_forward, _backward)
 
 
-def _blocks(shape: Shape, hidden: tuple[int, ...], orders: int, sequence: Array, induction: Array) -> Blocks:
-    length, groups = sequence.shape[1], induction.shape[1]
-    size = length // groups
-    some = min(max(shape.block // size, 1), groups, COLUMNS // max(hidden))
-    return Blocks(length, size, hidden, orders, some, shape.block)
+def _blocks(shape: Shape, hidden: tuple[int, ...], orders: int, sequence: Array, induction: Array) -> Units:
+    most = COLUMNS // max(hidden)
+    return Units(*cut(shape.block, sequence.shape[1], induction.shape[1], most), hidden, orders)
 
 
-def _forward_kernel(blocks: Blocks, sequence: Any, mask: Any, induction: Any, *sums: Any) -> None:
+def _forward_kernel(blocks: Units, sequence: Any, mask: Any, induction: Any, *sums: Any) -> None:
     def step(i: Any, totals: Any) -> Any:
         layers = _load_layers(blocks, induction, i, sequence.shape[-1])
 
@@ -154,7 +152,7 @@ def _forward_kernel(blocks: Blocks, sequence: Any, mask: Any, induction: Any, *s
 
 
 def _backward_kernel(
-    blocks: Blocks, sequence: Any, mask: Any, induction: Any, gradient: Any, of_sequence: Any, of_induction: Any
+    blocks: Units, sequence: Any, mask: Any, induction: Any, gradient: Any, of_sequence: Any, of_induction: Any
 ) -> None:
     dtype = induction.dtype
 
@@ -184,8 +182,7 @@ def _backward_kernel(
 
             state = jnp.zeros(rows.shape, jnp.float32), jnp.ones(rows.shape, jnp.float32), totals
             of_rows, _, totals = loop(blocks.orders, order, state)
-            at = of_sequence.at[place[:, None], jnp.arange(rows.shape[1])[None]]
-            triton.store(at, of_rows.astype(of_sequence.dtype), mask=inside[:, None])
+            triton.store(rows_of(of_sequence, place), of_rows.astype(of_sequence.dtype), mask=inside)
             return totals
 
         zeros = tuple(Layer(*(jnp.zeros(x.shape, jnp.float32) for x in layer)) for layer in layers)
@@ -208,7 +205,7 @@ def _through(layers: Any, own: Any, power: Any) -> list[Any]:
     return found
 
 
-def _places(blocks: Blocks, i: Any, d: int) -> list[Any]:
+def _places(blocks: Units, i: Any, d: int) -> list[Any]:
     """By layer, where in the example's `[G, size]` its matrix [rows or columns, columns] and its biases [columns] are,
     and which of these there are: those of one group."""
     found, start = [], 0
@@ -230,7 +227,7 @@ def _places(blocks: Blocks, i: Any, d: int) -> list[Any]:
     return found
 
 
-def _load_layers(blocks: Blocks, induction: Any, i: Any, d: int) -> list[Layer]:
+def _load_layers(blocks: Units, induction: Any, i: Any, d: int) -> list[Layer]:
     def load(place: Any) -> Any:
         at, there = place
         return triton.load(induction.at[at], mask=there, other=0)
@@ -238,7 +235,7 @@ def _load_layers(blocks: Blocks, induction: Any, i: Any, d: int) -> list[Layer]:
     return [Layer(load(weight), load(bias).astype(jnp.float32)) for weight, bias in _places(blocks, i, d)]
 
 
-def _load_slopes(blocks: Blocks, gradient: Any, c: int) -> list[Any]:
+def _load_slopes(blocks: Units, gradient: Any, c: int) -> list[Any]:
     """By layer, the slopes of the sums [columns] for one power."""
     found, start = [], 0
     for units, columns in zip(blocks.hidden, blocks.columns, strict=True):
@@ -248,17 +245,11 @@ def _load_slopes(blocks: Blocks, gradient: Any, c: int) -> list[Any]:
     return found
 
 
-def _load_rows(blocks: Blocks, sequence: Any, mask: Any, i: Any, j: Any) -> tuple[Any, Any, list[Any]]:
+def _load_rows(blocks: Units, sequence: Any, mask: Any, i: Any, j: Any) -> tuple[Any, Any, list[Any]]:
     """Where behaviours are, themselves in float32, and by layer which columns are of their group: [rows, columns]."""
-    within = j * blocks.rows + jnp.arange(blocks.rows)  # the step's groups
-    place = i * (blocks.groups * blocks.size) + within
-    inside = (within < blocks.groups * blocks.size) & (place < blocks.length)
-    there = triton.load(mask.at[place], mask=inside, other=False)
-    at = sequence.at[place[:, None], jnp.arange(sequence.shape[-1])[None]]
-    rows = triton.load(at, mask=inside[:, None], other=0).astype(jnp.float32)
-    slot = jax.lax.div(within, blocks.size)
+    where, there, rows, group = load_rows(blocks, sequence, mask, i, j)
     own = [
-        there[:, None] & (slot[:, None] == jax.lax.div(jnp.arange(columns), units)[None])
+        there[:, None] & (group[:, None] == jax.lax.div(jnp.arange(columns), units)[None])
         for units, columns in zip(blocks.hidden, blocks.columns, strict=True)
     ]
-    return (place, inside), rows, own
+    return where, rows.astype(jnp.float32), own

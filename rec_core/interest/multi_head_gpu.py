@@ -12,19 +12,34 @@ sums of behaviours and the logarithm of the softmax's denominator; weights are m
     dQ = W^T d(WQ) + b sum_t ds_t,   dW = d(WQ) Q^T + r du^T,   db = Q sum_t ds_t + du sum_t a_t
 
 The reference is what `MultiHead.attend` does elsewhere; tests/rec_core/test_interest_multi_head_gpu.py compares the
-two. On an H100 a forward and a backward pass take half to two thirds of its time: NOTES.md has times and tuning.
+two. On an H100 a forward and a backward pass take .35 to .45 of its time: NOTES.md has times and tuning.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
-from rec_core.interest.triton_gpu import Shape, Tuning, call, dot, loop, on_each_device, power_of_2, serves, triton
+from rec_core.interest.triton_gpu import (
+    Blocks,
+    Shape,
+    Tuning,
+    call,
+    cut,
+    dot,
+    load_rows,
+    loop,
+    on_each_device,
+    power_of_2,
+    rows_of,
+    serves,
+    triton,
+)  # fmt: skip
 
 QUERIES = 64  # rows of queries in a block at most, as registers are limited
 LOW = float(jnp.finfo(jnp.float32).min)
@@ -35,22 +50,11 @@ DEFAULT = Tuning(Shape(32, 1, 1), Shape(32, 1, 1))
 MAPPED = Tuning(Shape(32, 1, 2), Shape(32, 2, 1))  # with a linear map
 
 
-class Blocks(NamedTuple):
-    """How T behaviours in groups are cut: `steps` blocks of `groups` whole groups, each of `parts` pieces of `rows`."""
+@dataclass(frozen=True)
+class Queried(Blocks):
+    """Blocks, and the heads of their queries."""
 
-    length: int
-    size: int  # behaviours of a group
     heads: int
-    groups: int
-    rows: int
-
-    @property
-    def steps(self) -> int:
-        return -(-self.length // (self.size * self.groups))
-
-    @property
-    def parts(self) -> int:
-        return -(-self.size * self.groups // self.rows)
 
     @property
     def queries(self) -> int:
@@ -110,13 +114,12 @@ def _backward(tuning: Tuning, saved: Any, gradient: Array) -> tuple[Array, None,
 _read.defvjp(_forward, _backward)
 
 
-def _blocks(shape: Shape, sequence: Array, queries: Array) -> Blocks:
-    length, groups, heads = sequence.shape[1], *queries.shape[1:3]
-    size = length // groups
-    return Blocks(length, size, heads, min(max(shape.block // size, 1), groups, QUERIES // heads), shape.block)
+def _blocks(shape: Shape, sequence: Array, queries: Array) -> Queried:
+    groups, heads = queries.shape[1:3]
+    return Queried(*cut(shape.block, sequence.shape[1], groups, QUERIES // heads), heads)
 
 
-def _forward_kernel(blocks: Blocks, sequence: Any, mask: Any, queries: Any, *refs: Any) -> None:
+def _forward_kernel(blocks: Queried, sequence: Any, mask: Any, queries: Any, *refs: Any) -> None:
     (read, kept, lse), (weight, bias) = refs[-3:], _load_linear(refs[:-3])
     d, dtype = sequence.shape[-1], queries.dtype
 
@@ -145,16 +148,16 @@ def _forward_kernel(blocks: Blocks, sequence: Any, mask: Any, queries: Any, *ref
     summed = _over_slots(blocks, less[:, None] * summed, jnp.sum) / jnp.where(total > 0, total, 1)[:, None]
     row = jnp.arange(size)
     first = row < blocks.heads
-    triton.store(_rows(kept, row), summed, mask=first[:, None])
+    triton.store(rows_of(kept, row), summed, mask=first[:, None])
     # Without any behaviour infinite, so that weights made from it are 0, and by that it is known.
     triton.store(lse.at[row], jnp.where(total > 0, top + jnp.log(total), jnp.inf), mask=first)
     if weight is not None:
         summed = dot(summed.astype(dtype), weight, 1, 0) + jnp.where(total > 0, 1.0, 0.0)[:, None] * bias[None]
-    triton.store(_rows(read, row), summed.astype(dtype), mask=first[:, None])
+    triton.store(rows_of(read, row), summed.astype(dtype), mask=first[:, None])
 
 
 def _backward_kernel(
-    blocks: Blocks, sequence: Any, mask: Any, queries: Any, gradient: Any, kept: Any, lse: Any, *refs: Any
+    blocks: Queried, sequence: Any, mask: Any, queries: Any, gradient: Any, kept: Any, lse: Any, *refs: Any
 ) -> None:
     weight, bias = _load_linear(refs[: (len(refs) - 2) // 2])
     of_sequence, of_queries, *of_linear = refs[(len(refs) - 2) // 2 :]
@@ -175,7 +178,7 @@ def _backward_kernel(
             weights = jnp.where(own, jnp.exp(dot(rows, asked, 1, 1) + shift - lse[None]), 0)
             of_score = weights * (dot(rows, of_kept, 1, 1) - level[None])
             of_rows = dot(weights.astype(dtype), of_kept, 1, 0) + dot(of_score.astype(dtype), asked, 1, 0)
-            triton.store(_rows(of_sequence, place), of_rows.astype(of_sequence.dtype), mask=inside)
+            triton.store(rows_of(of_sequence, place), of_rows.astype(of_sequence.dtype), mask=inside)
             return of_asked + dot(of_score.astype(dtype), rows, 0, 0), of_shift + of_score.sum(0)
 
         state = jnp.zeros((size, d), jnp.float32), jnp.zeros(size, jnp.float32)
@@ -186,7 +189,7 @@ def _backward_kernel(
             of_query = dot(of_asked, weight, 1, 0) + of_shift * bias[None]
             of_linear = of_linear[0] + dot(of_asked, query, 0, 0), of_linear[1] + (of_shift * query).sum(0)
         at, there = _queries_at(blocks, queries, i)
-        triton.store(_rows(of_queries, at), of_query.astype(dtype), mask=there)
+        triton.store(rows_of(of_queries, at), of_query.astype(dtype), mask=there)
         return of_linear
 
     if weight is None:
@@ -203,20 +206,15 @@ def _load_linear(refs: Any) -> tuple[Any, Any]:
     return (refs[0][...], refs[1][...].astype(jnp.float32)) if refs else (None, None)
 
 
-def _rows(ref: Any, row: Any) -> Any:
-    """These rows, which with a mask may lie beyond the array, as a slice may not (JAX 0.12)."""
-    return ref.at[row[:, None], jnp.arange(ref.shape[1])[None]]
-
-
-def _queries_at(blocks: Blocks, queries: Any, i: Any) -> tuple[Any, Any]:
+def _queries_at(blocks: Queried, queries: Any, i: Any) -> tuple[Any, Any]:
     row = jnp.arange(blocks.queries)
     at = i * (blocks.groups * blocks.heads) + row
     return at, ((row < blocks.groups * blocks.heads) & (at < queries.shape[0]))[:, None]
 
 
-def _load_queries(blocks: Blocks, queries: Any, i: Any) -> Any:
+def _load_queries(blocks: Queried, queries: Any, i: Any) -> Any:
     at, there = _queries_at(blocks, queries, i)
-    return triton.load(_rows(queries, at), mask=there, other=0)
+    return triton.load(rows_of(queries, at), mask=there, other=0)
 
 
 def _map(query: Any, weight: Any, bias: Any) -> tuple[Any, Any]:
@@ -226,20 +224,14 @@ def _map(query: Any, weight: Any, bias: Any) -> tuple[Any, Any]:
     return dot(query, weight, 1, 1).astype(query.dtype), (query * bias[None]).sum(1)[None]
 
 
-def _load_rows(blocks: Blocks, sequence: Any, mask: Any, i: Any, j: Any, dtype: Any) -> tuple[Any, Any, Any]:
+def _load_rows(blocks: Queried, sequence: Any, mask: Any, i: Any, j: Any, dtype: Any) -> tuple[Any, Any, Any]:
     """Where behaviours are, themselves, zeros at padding, and which queries ask each: [rows, queries]."""
-    within = j * blocks.rows + jnp.arange(blocks.rows)  # the step's groups
-    place = i * (blocks.groups * blocks.size) + within
-    inside = (within < blocks.groups * blocks.size) & (place < blocks.length)
-    there = triton.load(mask.at[place], mask=inside, other=False)
-    # Behaviours are not asked for by what the mask says: that would wait for it.
-    rows = triton.load(_rows(sequence, place), mask=inside[:, None], other=0)
-    rows = jnp.where(there[:, None], rows, 0).astype(dtype)
+    where, there, rows, group = load_rows(blocks, sequence, mask, i, j)
     slot = jax.lax.div(jnp.arange(blocks.queries), blocks.heads)
-    own = there[:, None] & (jax.lax.div(within, blocks.size)[:, None] == slot[None])
-    return (place, inside[:, None]), rows, own
+    own = there[:, None] & (group[:, None] == slot[None])
+    return where, jnp.where(there[:, None], rows, 0).astype(dtype), own
 
 
-def _over_slots(blocks: Blocks, x: Any, reduce: Callable[..., Any]) -> Any:
+def _over_slots(blocks: Queried, x: Any, reduce: Callable[..., Any]) -> Any:
     split = x.reshape(-1, blocks.heads, *x.shape[1:])
     return jnp.broadcast_to(reduce(split, axis=0, keepdims=True), split.shape).reshape(x.shape)

@@ -6,6 +6,7 @@ A program reads one example; every array's first axis is that of the examples.
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +40,30 @@ class Tuning(NamedTuple):
     forward: Shape = Shape()
     backward: Shape = Shape()
     interpret: bool = False
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How T behaviours in groups are cut: `steps` blocks of `groups` whole groups, each of `parts` pieces of `rows`."""
+
+    length: int
+    size: int  # behaviours of a group
+    groups: int
+    rows: int
+
+    @property
+    def steps(self) -> int:
+        return -(-self.length // (self.size * self.groups))
+
+    @property
+    def parts(self) -> int:
+        return -(-self.size * self.groups // self.rows)
+
+
+def cut(block: int, length: int, groups: int, most: int) -> tuple[int, int, int, int]:
+    """The fields of `Blocks` for `length` behaviours in `groups` groups, at most so many of which are a block."""
+    size = length // groups
+    return length, size, min(max(block // size, 1), groups, most), block
 
 
 def serves(dtype: str, shape: tuple[int, ...]) -> bool:
@@ -109,6 +134,23 @@ def call(
         interpret=interpret,
     )(*given)
     return out
+
+
+def rows_of(ref: Any, row: Any) -> Any:
+    """These rows, which with a mask may lie beyond the array, as a slice may not (JAX 0.12)."""
+    return ref.at[row[:, None], jnp.arange(ref.shape[1])[None]]
+
+
+def load_rows(blocks: Blocks, sequence: Any, mask: Any, i: Any, j: Any) -> tuple[Any, Any, Any, Any]:
+    """Of part j of block i: where its rows are and which lie inside of the block, which are no padding, themselves as
+    they are given, and the slots of their groups in the block."""
+    within = j * blocks.rows + jnp.arange(blocks.rows)
+    place = i * (blocks.groups * blocks.size) + within
+    inside = (within < blocks.groups * blocks.size) & (place < blocks.length)
+    there = triton.load(mask.at[place], mask=inside, other=False)
+    # Behaviours are not asked for by what the mask says: that would wait for it.
+    rows = triton.load(rows_of(sequence, place), mask=inside[:, None], other=0)
+    return (place, inside[:, None]), there, rows, jax.lax.div(within, blocks.size)
 
 
 def loop(count: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
