@@ -28,6 +28,7 @@ then; on two cores the slice of Taobao took an hour.
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -88,8 +89,9 @@ def _joined(paths: Sequence[Path]) -> results.Result:
     return joined
 
 
-def world_name(dial: float) -> str:
-    return f"world, domain {dial:g}"
+def world_name(dial: float, users: int = AdsMultidomain.users) -> str:
+    of = "" if users == AdsMultidomain.users else f" of {users:,} users"
+    return f"world{of}, domain {dial:g}"
 
 
 def _all_data(config: AdsMultidomain) -> Iterable[Impressions]:
@@ -112,7 +114,7 @@ def _all_data(config: AdsMultidomain) -> Iterable[Impressions]:
     prepared = config.out / "prepared"
     for dial in config.dials:
         dataset = make_world(config.world(dial), prepared / f"domain-{dial:g}")
-        yield make(make_problem(dataset), world_name(dial))
+        yield make(make_problem(dataset), world_name(dial, config.users))
     for source, folder in (("ml-1m", config.ml_1m), ("taobao", config.taobao)):
         if folder is not None:
             found: Any = source
@@ -176,18 +178,33 @@ def measure(done: Outcome, config: AdsMultidomain) -> list[Row]:
         name: float(np.mean([row["test_auc"] for row in found if "seed" in row]))
         for name, found in zip(done.tuned, of_models, strict=True)
     }
-    differences = statistics.together({pair: gain(done, *pair, config.resamples) for pair in pairs.values()})
+    jobs = {pair: gain(done, *pair, config.resamples) for pair in pairs.values()}
+    for end in ("over_alone", "over_constant_domain"):
+        own = [pairs[key] for attention in ATTENTIONS if (key := f"{attention.lower()}_{end}") in pairs]
+        if len(own) == len(ATTENTIONS):
+            pairs[f"all_{end}"] = all_of = _for_all(own[0][0]), _for_all(own[0][1])
+            jobs[all_of] = partial(
+                statistics.mean_auc_difference,
+                label, [(done.tuned[a].test, done.tuned[b].test) for a, b in own], data.user[data.test],
+                resamples=config.resamples,
+            )  # fmt: skip
+    differences = statistics.together(jobs)
     for found in of_models:
         rows += found
     for key, (a, b) in pairs.items():
         values = {"auc_difference": differences[a, b]}
-        if auc[a] > 0.5:  # below, Imp is not defined
+        if auc.get(a, 0) > 0.5:  # below, Imp is not defined
             values["imp"] = imp_of(differences[a, b], auc[a])
         row: Row = {"data": data.name, "comparison": key, "model": b, "base": a, "samples": len(label)}
         for name, value in values.items():
             row |= {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
         rows.append(row)
     return rows
+
+
+def _for_all(name: str) -> str:
+    """The name of a model for all attentions: "mean of all + ADS" for "DIN + ADS"."""
+    return "mean of all" + name.removeprefix(next(iter(ATTENTIONS)))
 
 
 def _model_rows(done: Outcome, name: str) -> list[Row]:
@@ -211,29 +228,35 @@ def _pairs(done: Outcome) -> Pairs:
     return {key: (a, b) for key, (a, b) in wanted.items() if a is not None and a in done.tuned and b in done.tuned}
 
 
+def _dial(data: str) -> float | None:
+    """The setting of a world's dial, by its name; None for real data."""
+    return float(name[1]) if (name := re.fullmatch(r"world.*, domain ([\d.]+)", data)) else None
+
+
 def _compared(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
     """The comparisons, by data and key."""
     return {(str(row["data"]), str(row["comparison"])): row for row in rows if "comparison" in row}
 
 
 def summarize(rows: Sequence[Row], config: AdsMultidomain) -> dict[str, float]:
-    """The figures: the comparisons of the main setting; and where domains do not differ, ADS over the attention alone,
-    and over its own control, which has its capacity: the mean over attentions, and the widest ends."""
+    """The figures: comparisons of the first world at the main setting; and where domains do not differ, ADS over the
+    attention alone, and over its own control, which has its capacity: the mean over all attentions, on the data with
+    most samples."""
     compared = _compared(rows)
     found: dict[str, Any] = {}
+    main = next((data for data, _ in compared if _dial(data) == config.main), None)
     for (data, key), row in compared.items():
-        if data == world_name(config.main):
+        if data == main and not key.startswith("all_"):
             found |= {f"{key}_{name}": value for name, value in row.items() if name.startswith(("auc_", "imp"))}
     for row in rows:
-        if row["data"] == world_name(config.main) and "oracle_auc" in row:
+        if row["data"] == main and "oracle_auc" in row:
             found["oracle_auc"] = row["oracle_auc"]
     for name, end in (("domain_dial", "over_alone"), ("over_constant_domain", "over_constant_domain")):
-        keys = [(world_name(0.0), f"{attention.lower()}_{end}") for attention in ATTENTIONS]
-        there = [compared[key] for key in keys if key in compared]
+        there = [row for (data, key), row in compared.items() if key == f"all_{end}" and _dial(data) == 0]
         if there:
-            mean, low, high = (_column(there, f"auc_difference{part}") for part in ("", "_low", "_high"))
-            found |= {f"gain_at_zero_{name}": float(np.mean(mean))}
-            found |= {f"gain_at_zero_{name}_low": min(low), f"gain_at_zero_{name}_high": max(high)}
+            most = max(there, key=lambda row: int(row["samples"] or 0))
+            for part in ("", "_low", "_high"):
+                found[f"gain_at_zero_{name}{part}"] = most[f"auc_difference{part}"]
     return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
@@ -306,14 +329,18 @@ def _samples(rows: Iterable[Row]) -> int | None:
 
 
 def _dial_panel(compared: Mapping[tuple[str, str], Row]) -> list[report.Panel]:
-    """ADS over the attention alone, and over its own control, along the dial."""
+    """ADS over the attention alone, and over its own control, along the dial: of the worlds that most settings have."""
     curves, bands = {}, {}
+    worlds = Counter(data.partition(", ")[0] for data in {data for data, _ in compared} if _dial(data) is not None)
+    world = max(worlds, key=worlds.__getitem__, default="")
     for attention in ATTENTIONS:
         for end, label in (("over_alone", "alone"), ("over_constant_domain", "constant E_D")):
             found = {
-                float(at[1]): row
+                dial: row
                 for (data, key), row in compared.items()
-                if key == f"{attention.lower()}_{end}" and (at := re.fullmatch(r"world, domain (.*)", data))
+                if key == f"{attention.lower()}_{end}"
+                and data.startswith(f"{world}, ")
+                and (dial := _dial(data)) is not None
             }
             if len(found) > 1:
                 own, name = [found[dial] for dial in sorted(found)], f"{attention}: ADS over {label}"

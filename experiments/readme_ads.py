@@ -43,7 +43,7 @@ def multidomain(result: Result) -> str:
         if (zero := f"gain_at_zero_{name}") in f:
             within = f[f"{zero}_low"] >= -0.0005 and f[f"{zero}_high"] <= 0.0005
             at_zero.append(f"over {base} is {interval(f, zero)} (goal: within 0.0005 of zero, {verdict(within)})")
-    there = f"Where the world's domains do not differ (0), ADS {', and '.join(at_zero)}: means over attentions and the "
+    there = f"Where the world's domains do not differ (0), ADS {', and '.join(at_zero)}: means over all attentions, "
     others = {
         data_name(row["data"]): f"on {row['measured_on']} by `{row['command']}` (commit {row['commit'][:12]})"
         for row in rows
@@ -57,7 +57,7 @@ def multidomain(result: Result) -> str:
             "it is not said), over the second best: DIN +0.47 %, MHA +0.20 %, CAN +0.20 %:"
         ),
         table([*heading, "over ADS without the domain, AUC"], lines),
-        prose(f"{there}widest ends of their intervals." if at_zero else ""),
+        prose(f"{there}of the data with most test samples." if at_zero else ""),
         _models(rows),
         prose(along_the_dial(compared)),
         f"Command: {command(result, 'ads_multidomain')}{''.join(f'; {data} {how}' for data, how in others.items())}.",

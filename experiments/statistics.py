@@ -11,7 +11,7 @@ and the interval says nothing about another training run.
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -78,7 +78,27 @@ def auc_difference(
     a, b = _per_seed("scores_a", scores_a), _per_seed("scores_b", scores_b)
     if a.shape != b.shape:
         raise ValueError(f"scores_a is {a.shape} and scores_b {b.shape}; both need a row per seed on the same samples")
-    return _auc(labels, a, b, users, resamples, seed, level)
+    return _auc(labels, [(a, b)], users, resamples, seed, level)
+
+
+def mean_auc_difference(
+    labels: Num[np.ndarray, "N"],
+    pairs: Sequence[tuple[Float[np.ndarray, "S N"], Float[np.ndarray, "S N"]]],
+    users: Int[np.ndarray, "N"],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """The mean of `auc_difference` over several pairs (a, b) of systems: users and seeds are drawn for all at once.
+
+    Raises ValueError as there, and where there is no pair or their shapes differ.
+    """
+    scores = [(_per_seed("a", a), _per_seed("b", b)) for a, b in pairs]
+    shapes = {x.shape for pair in scores for x in pair}
+    if len(shapes) != 1:
+        raise ValueError(f"the systems' scores are {sorted(shapes)}; all need a row per seed on the same samples")
+    return _auc(labels, scores, users, resamples, seed, level)
 
 
 def auc_interval(
@@ -91,7 +111,7 @@ def auc_interval(
     level: float = 0.95,
 ) -> Interval:
     """AUC of one system (see `auc_difference`). To compare two systems use the difference, not two such intervals."""
-    return _auc(labels, _per_seed("scores", scores), None, users, resamples, seed, level)
+    return _auc(labels, [(_per_seed("scores", scores),)], users, resamples, seed, level)
 
 
 def mean_difference(
@@ -168,26 +188,34 @@ def together[K](jobs: Mapping[K, Callable[[], Interval]], *, worth: float = 10.0
 
 
 def _auc(
-    labels: np.ndarray, a: np.ndarray, b: np.ndarray | None, users: np.ndarray, resamples: int, seed: int, level: float
+    labels: np.ndarray,
+    compared: Sequence[tuple[np.ndarray, ...]],
+    users: np.ndarray,
+    resamples: int,
+    seed: int,
+    level: float,
 ) -> Interval:
+    """Of one system (a,), or of the last less the first (a, b); the mean over what is compared."""
     labels = np.asarray(labels)
-    index, count = _user_index(users, a.shape[1])
-    if labels.shape != (a.shape[1],) or not np.isin(labels, (0, 1)).all():
-        raise ValueError(f"labels has shape {labels.shape}; expected [{a.shape[1]}] values, each 0 or 1")
+    seeds, samples = compared[0][0].shape
+    index, count = _user_index(users, samples)
+    if labels.shape != (samples,) or not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"labels has shape {labels.shape}; expected [{samples}] values, each 0 or 1")
     positive = labels == 1
     if positive.all() or not positive.any():
         raise ValueError(f"all {len(labels)} labels are {int(labels[0])}; AUC needs both classes")
-    systems = [a] if b is None else [a, b]
-    prepared = [[_Ranks.of(scores, positive, index) for scores in system] for system in systems]
+    prepared = [[[_Ranks.of(row, positive, index) for row in scores] for scores in systems] for systems in compared]
     per_class = [np.bincount(index[mask], minlength=count) for mask in (positive, ~positive)]
 
     def statistic(user_weights: np.ndarray) -> np.ndarray:
-        values = [[ranks.auc(user_weights) for ranks in system] for system in prepared]
-        return np.subtract(values[1], values[0]) if b is not None else np.asarray(values[0])
+        # [compared, 1 or 2, S]
+        auc = np.array([[[ranks.auc(user_weights) for ranks in rows] for rows in systems] for systems in prepared])
+        found: np.ndarray = (auc[:, -1] - auc[:, 0] if auc.shape[1] > 1 else auc[:, 0]).mean(axis=0)
+        return found
 
     rng = np.random.default_rng(seed)
     _check(resamples, level)
-    draws = np.empty((resamples, a.shape[0]))
+    draws = np.empty((resamples, seeds))
     for r in range(resamples):
         for _ in range(MAX_REDRAWS):  # a draw without a positive or a negative has no AUC; likely with few users only
             user_weights = _draw_users(rng, count)
@@ -196,7 +224,7 @@ def _auc(
         else:
             raise ValueError(f"{count} users: {MAX_REDRAWS} draws in a row held one class only; use more users")
         draws[r] = statistic(user_weights)
-    return _interval(statistic(np.ones(count, np.int32)), draws, rng, level, users=count, samples=a.shape[1])
+    return _interval(statistic(np.ones(count, np.int32)), draws, rng, level, users=count, samples=samples)
 
 
 def _mean(

@@ -163,9 +163,15 @@ def test_all_models_are_compared_and_published(tmp_path, capsys, monkeypatch):
         assert figures[f"{key}_low"] <= figures[key] <= figures[f"{key}_high"]
     assert figures["gain_at_zero_domain_dial"] > abs(figures["gain_at_zero_over_constant_domain"])
     assert 0.5 < figures["oracle_auc"] < 1
-    base = {row["base"] for row in made.rows if row.get("comparison") == "mha" and row["data"] == "world, domain 0.4"}
+    base = {
+        row["base"]
+        for row in made.rows
+        if row.get("comparison") == "mha" and row["data"] == "world of 60 users, domain 0.4"
+    }
     assert base <= set(rivals("MHA")) and len(base) == 1
-    rows = [row for row in made.rows if row.get("model") == "MHA + ADS" and row["data"] == "world, domain 0.4"]
+    rows = [
+        row for row in made.rows if row.get("model") == "MHA + ADS" and row["data"] == "world of 60 users, domain 0.4"
+    ]
     chosen = {(row["learning_rate"], row["table_rate"], row["epochs"]) for row in rows if "seed" in row}
     assert chosen == {(*quick.trials[-1], quick.epochs[-1])}
     assert len({row["test_auc"] for row in rows if "seed" in row}) == 2, "two seeds gave one number"
@@ -173,21 +179,34 @@ def test_all_models_are_compared_and_published(tmp_path, capsys, monkeypatch):
     assert domains[-1]["domain"] == "all" and len(domains) > 2
     assert "Gain along the domain dial" in (tmp_path / "report.html").read_text()
     assert "MHA + ADS - MHA" in capsys.readouterr().out
-    assert sorted(calls) == sorted((f"world, domain {dial}", name) for dial in ("0", "0.4") for name in MODELS)
+    assert sorted(calls) == sorted(
+        (f"world of 60 users, domain {dial}", name) for dial in ("0", "0.4") for name in MODELS
+    )
     assert (
         ads_multidomain.run(replace(quick, only=("DNN", "MHA", "MHA + ADS"))).figures["mha_over_dnn_imp"]
         == (figures["mha_over_dnn_imp"])
     )
     assert len(calls) == 2 * len(MODELS), "what was done is not done again"
     for dial in quick.dials:  # as if each had been measured on a machine of its own
-        own = tuple(row for row in made.rows if row["data"] == ads_multidomain.world_name(dial))
+        own = tuple(row for row in made.rows if row["data"] == ads_multidomain.world_name(dial, quick.users))
         results.write(tmp_path / f"{dial}.json", replace(made, rows=own, figures={}))
     parts = tuple(tmp_path / f"{dial}.json" for dial in reversed(quick.dials))
     joined = ads_multidomain.run(AdsMultidomain(joined=parts, out=tmp_path / "joined"))
     assert joined.figures == pytest.approx(figures) and len(joined.rows) == len(made.rows)
-    assert {row.get("command") for row in joined.rows if row["data"] == "world, domain 0"} != {None}
+    assert {row.get("command") for row in joined.rows if row["data"] == "world of 60 users, domain 0"} != {None}
     assert "Gain along the domain dial" in (tmp_path / "joined" / "report.html").read_text()
-    with pytest.raises(ValueError, match=r"'world, domain 0' is in .*result\.json and in .*0\.0\.json"):
+    larger = [
+        {**row, "data": "world of 9 users, domain 0"}
+        for row in made.rows
+        if row["data"] == "world of 60 users, domain 0"
+    ]
+    larger = [{**row, "samples": 10**6} if row.get("comparison") == "all_over_alone" else row for row in larger]
+    larger = [{**row, "auc_difference": 0.5} if row.get("samples") == 10**6 else row for row in larger]
+    results.write(tmp_path / "all.json", made)
+    results.write(tmp_path / "larger.json", replace(made, rows=tuple(larger), figures={}))
+    both = AdsMultidomain(joined=(tmp_path / "all.json", tmp_path / "larger.json"), out=tmp_path / "joined")
+    assert ads_multidomain.run(both).figures == pytest.approx(figures | {"gain_at_zero_domain_dial": 0.5})
+    with pytest.raises(ValueError, match=r"'world of 60 users, domain 0' is in .*result\.json and in .*0\.0\.json"):
         ads_multidomain.run(AdsMultidomain(joined=(tmp_path / "result.json", parts[-1]), out=tmp_path / "joined"))
     elsewhere = replace(quick, only=("STAR",), out=tmp_path / "kept", report=False)
     assert ads_multidomain.run(elsewhere) is None and len(calls) == 2 * len(MODELS) + 2

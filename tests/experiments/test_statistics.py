@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import statistics
-from experiments.statistics import Interval, across_seeds, auc_difference, auc_interval, mean_difference, mean_interval
+from experiments.statistics import (
+    Interval,
+    across_seeds,
+    auc_difference,
+    auc_interval,
+    mean_auc_difference,
+    mean_difference,
+    mean_interval,
+)
 
 
 def pair_auc(labels, scores):
@@ -44,6 +52,18 @@ def test_auc_under_user_weights_is_auc_of_repeated_users():
     repeated = np.repeat(np.arange(200), weights[user])
     ranks = statistics._Ranks.of(scores, labels == 1, user)
     assert ranks.auc(weights) == pytest.approx(pair_auc(labels[repeated], scores[repeated]), rel=1e-12)
+
+
+def test_mean_over_pairs_is_the_mean_of_their_differences_under_the_same_draws():
+    labels, scores, user = problem(np.random.default_rng(2), seeds=1)
+    other, third = (np.random.default_rng(i).normal(size=scores.shape) + scores for i in (3, 4))
+    pairs = [(scores, other), (third, scores), (other, third)]
+    alone = [auc_difference(labels, a, b, user, resamples=40) for a, b in pairs]
+    found = mean_auc_difference(labels, pairs[:2], user, resamples=40)
+    assert found.mean == pytest.approx((alone[0].mean + alone[1].mean) / 2) and found.seeds == 1
+    assert found.high - found.low < (alone[0].high - alone[0].low + alone[1].high - alone[1].low) / 2
+    around = mean_auc_difference(labels, pairs, user, resamples=40)  # b - a, a - c, c - b: nothing is left of it
+    np.testing.assert_allclose([around.mean, around.low, around.high], 0, atol=1e-12)
 
 
 def test_bootstrap_equals_a_plain_loop_over_users():
@@ -162,6 +182,8 @@ SCORES = np.zeros((2, 4))
     ("call", "message"),
     [
         (lambda: auc_difference(LABELS, SCORES, SCORES[:1], USERS), r"scores_a is \(2, 4\) and scores_b \(1, 4\)"),
+        (lambda: mean_auc_difference(LABELS, [(SCORES, SCORES[:1])], USERS), r"are \[\(1, 4\), \(2, 4\)\]; all need"),
+        (lambda: mean_auc_difference(LABELS, [], USERS), r"the systems' scores are \[\]"),
         (lambda: auc_interval(np.ones(4), SCORES, USERS), "AUC needs both classes"),
         (lambda: auc_interval(LABELS * 2, SCORES, USERS), "each 0 or 1"),
         (lambda: auc_interval(LABELS, np.full((1, 4), np.nan), USERS), r"scores\[0, 0\] is nan"),
