@@ -4,11 +4,11 @@
     python -m experiments interest-bench --quick    # interpreted, on any machine: only shows that everything works
 
 Multi-head attention (MHA) and the co-action network (CAN). Cases: at each length a query (a micro-MLP) for all
-behaviours, and one for each chunk, for MHA with ADS's linear map of the behaviours left to the attention. Contenders:
-XLA, the kernels as `rec_core.interest` takes them ("as taken"), and both kernels in one shape each (behaviours in a
-block / warps / stages). Behaviours are bfloat16, half to all of their slots filled.
-Each answer and gradient is first compared with XLA's; a contender that is off is not timed. Times are of the forward
-pass, and of forward and backward together, in turn within a repeat.
+behaviours, one for each chunk, for MHA with ADS's linear map of the behaviours left to the attention, and of CAN one
+for each behaviour. Contenders: XLA, the kernels as `rec_core.interest` takes them ("as taken"), and both kernels in one
+shape each (behaviours in a block / warps / stages). Behaviours are bfloat16, half to all of their slots filled. Each
+answer and gradient is first compared with XLA's; a contender that is off is not timed. Times are of the forward pass,
+and of forward and backward together, in turn within a repeat.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from jaxtyping import Array
 from experiments import figures, progress, report, results
 from experiments.results import Row
 from experiments.steps import timing
-from rec_core.interest import MultiHead, can_gpu, multi_head_gpu
+from rec_core.interest import MultiHead, can_gpu, can_gpu_each, multi_head_gpu
 from rec_core.interest.can import by_xla, parameters
 from rec_core.interest.multi_head import Mapped
 from rec_core.interest.triton_gpu import serves
@@ -95,6 +95,11 @@ class Case:
     groups: int  # queries of an example
 
     @property
+    def each(self) -> bool:
+        """A micro-MLP for each behaviour."""
+        return self.attention == "CAN" and self.groups == self.length
+
+    @property
     def mapped(self) -> bool:
         """A linear map of the behaviours is left to the attention."""
         return self.attention == "MHA" and self.groups > 1
@@ -114,7 +119,7 @@ def run(config: InterestBench) -> results.Result:
         raise ValueError("the kernels do not run here: they want an NVIDIA GPU and such sizes (`triton_gpu.serves`)")
     started, rows = results.begin(), list[Row]()
     for attention, length in itertools.product(config.attentions, config.lengths):
-        for groups in (length // config.items, 1):
+        for groups in (length // config.items, 1, *([length] if attention == "CAN" else [])):
             found = measure(config, case := Case(attention, length, groups))
             print(f"{case.name}\n{progress.table(found)}\n", flush=True)
             rows += found
@@ -164,9 +169,9 @@ def measure(config: InterestBench, case: Case) -> list[Row]:
 
 def contenders(config: InterestBench, case: Case) -> dict[str, Any]:
     """XLA (None), and the tuning of the kernels as taken, and in each shape."""
-    kernels = KERNELS[case.attention]
+    kernels = can_gpu_each if case.each else KERNELS[case.attention]
     chunks = {"MHA": multi_head_gpu.MAPPED, "CAN": can_gpu.GROUPED}
-    taken = kernels.DEFAULT if case.groups == 1 else chunks[case.attention]
+    taken = kernels.DEFAULT if case.groups == 1 or case.each else chunks[case.attention]
     found = {"XLA": None, "as taken": taken._replace(interpret=config.quick)}
     for given in config.shapes:
         shape = kernels.Shape(*map(int, given.split("/")))
@@ -197,7 +202,8 @@ def forward(config: InterestBench, tuning: Any, mask: Array, given: tuple[Any, .
     """The answer, of what `inputs` gives."""
     if len(given) == 2:
         sequence, induction = given
-        read: Any = by_xla if tuning is None else partial(can_gpu.summed, tuning=tuning)
+        kernels = can_gpu_each if induction.shape[1] == sequence.shape[1] else can_gpu
+        read: Any = by_xla if tuning is None else partial(kernels.summed, tuning=tuning)
         return read(sequence, mask, induction, MICRO, ORDERS).astype(sequence.dtype)
     sequence, linear, queries, value = given
     if tuning is not None:
@@ -236,14 +242,12 @@ def _time(call: Any, given: tuple[Any, ...], steps: int) -> float:
 
 def summarize(rows: list[Row], config: InterestBench) -> dict[str, float]:
     """What the kernels as taken gain over XLA, forward and backward; of the sizes of a test named small_..."""
-    start = "small_" * config.quick
-    return {
-        f"{start}{str(row['attention']).lower()}_speedup_{row['length']}{'_chunks' * (row['queries'] != 1)}": float(
-            row["speedup"] or 0
-        )
-        for row in rows
-        if row["contender"] == "as taken" and "speedup" in row
-    }
+    start, found = "small_" * config.quick, {}
+    for row in rows:
+        if row["contender"] == "as taken" and "speedup" in row:
+            case = {1: "", row["length"]: "_each"}.get(row["queries"], "_chunks")
+            found[f"{start}{str(row['attention']).lower()}_speedup_{row['length']}{case}"] = float(row["speedup"] or 0)
+    return found
 
 
 def page(outcome: results.Result) -> str:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from rec_core.interest import can_gpu
+from rec_core.interest import can_gpu, can_gpu_each
 from rec_core.interest.base import Behaviors, Interest, by_query, check_positive
 
 NARROW = 8  # units of a layer, up to which it is written unit by unit
@@ -57,8 +57,9 @@ class CAN(Interest):
             )
         induction = induction[:, None] if induction.ndim == 2 else induction  # a micro-MLP a query
         given = sequence, mask, induction, tuple(self.hidden), self.orders
-        if can_gpu.runs(self.dtype, sequence.shape, induction.shape, self.hidden):
-            return can_gpu.summed(*given).astype(self.dtype)
+        for kernels in (can_gpu, can_gpu_each):
+            if kernels.runs(self.dtype, sequence.shape, induction.shape, self.hidden):
+                return kernels.summed(*given).astype(self.dtype)
         return by_xla(*given)
 
 

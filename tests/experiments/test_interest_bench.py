@@ -14,7 +14,7 @@ def test_kernels_are_compared_with_xla_and_timed_beside_it(tmp_path, capsys):
     assert results.read(tmp_path / "result.json") == made
     assert set(made.figures) == {
         f"small_{attention}_speedup_40{case}" for attention in ("mha", "can") for case in ("", "_chunks")
-    }
+    } | {"small_can_speedup_40_each"}
     for case in {row["case"] for row in made.rows}:
         rows = {row["contender"]: row for row in made.rows if row["case"] == case}
         assert list(rows) == ["XLA", "as taken", "16/1/1"]

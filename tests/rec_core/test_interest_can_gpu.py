@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from ads_jax import ADS
-from rec_core.interest import CAN, can_gpu
+from rec_core.interest import CAN, can_gpu, can_gpu_each
 from rec_core.interest.can import by_layer, parameters, summed
 from rec_core.interest.triton_gpu import Shape, Tuning
 
@@ -19,6 +19,8 @@ CASES = {
     "groups smaller than a block, the last block short": (3, 13, 3, 16, (5, 3), 3, (32, 16)),
     "groups larger than a block": (2, 3, 20, 32, (4,), 3, (16, 16)),
     "three layers": (2, 3, 10, 16, (3, 2, 2), 2, (32, 64)),
+    "a micro-MLP for each behaviour": (3, 37, 1, 16, (4, 2), 3, (16, 32)),
+    "three layers for each behaviour": (2, 16, 1, 32, (4, 2, 1), 2, (16, 16)),
     "a block larger than the sequence": (2, 2, 5, 16, (16, 1), 1, (64, 64)),
 }
 
@@ -42,7 +44,9 @@ def answers(case, dtype, kernels):
 
     def read(sequence, induction):
         if kernels:
-            return can_gpu.summed(sequence, mask, induction, hidden, orders, tuned(*blocks))
+            return (can_gpu_each if rows == 1 else can_gpu).summed(
+                sequence, mask, induction, hidden, orders, tuned(*blocks)
+            )
         grouped, present = sequence.reshape(size, groups, rows, d), mask.reshape(size, groups, rows, 1)
         return summed(by_layer, hidden, orders, grouped, induction, present).astype(jnp.float32)
 
@@ -68,7 +72,9 @@ def test_kernels_are_the_co_action_unit(case):
     assert not any(x[0].any() for x in got)  # the example of padding only
 
 
-@pytest.mark.parametrize("case", ["groups smaller than a block, the last block short", "three layers"])
+@pytest.mark.parametrize(
+    "case", ["groups smaller than a block, the last block short", "three layers", "a micro-MLP for each behaviour"]
+)
 def test_in_bfloat16_kernels_are_as_near_to_float32_as_xla(case):
     got, xla, truth = (answers(case, *how) for how in (("bfloat16", True), ("bfloat16", False), ("float32", False)))
     assert [x.dtype for x in got] == [x.dtype for x in xla]
@@ -111,19 +117,25 @@ def test_what_kernels_decline(monkeypatch):
     assert not can_gpu.runs("bfloat16", (4096, 200, 16), induction, (4, 2))
     assert not can_gpu.runs("bfloat16", shape, induction, (17, 2))
     assert not can_gpu.runs("bfloat16", shape, (4096, 100, 270), (4, 2))  # two behaviours a group
+    monkeypatch.setattr(can_gpu_each, "serves", can_gpu.serves)
+    assert can_gpu_each.runs("bfloat16", shape, (4096, 200, 270), (4, 2))
+    assert not can_gpu_each.runs("bfloat16", shape, (4096, 100, 270), (4, 2))
+    assert not can_gpu_each.runs("bfloat16", shape, (4096, 200, 270), (3, 2))
+    assert not can_gpu_each.runs("bfloat16", shape, (4096, 200, 1100), (16, 2))
     assert not can_gpu.runs("bfloat16", (40_960, 1000, 64), (40_960, 200, 270), (4, 2))  # more than offsets reach
 
 
-def test_lowers_for_a_gpu_without_a_warning():
+@pytest.mark.parametrize(("kernels", "groups"), [(can_gpu, 20), (can_gpu_each, 200)])
+def test_lowers_for_a_gpu_without_a_warning(kernels, groups):
     def given(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     def loss(sequence, induction, mask):
-        return can_gpu.summed(sequence, mask, induction, (4, 2), 3).sum()
+        return kernels.summed(sequence, mask, induction, (4, 2), 3).sum()
 
     device = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
     mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
-    arrays = given(512, 200, 64), given(512, 20, parameters(64, (4, 2))), given(512, 200, dtype=bool)
+    arrays = given(512, 200, 64), given(512, groups, parameters(64, (4, 2))), given(512, 200, dtype=bool)
     with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
         warnings.simplefilter("error")
         traced = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(*arrays)
