@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 from rec_core.interest.triton_gpu import Shape, Tuning, call, loop, on_each_device, power_of_2, serves, triton
 
 LARGEST = 512  # entries of the first layer's matrix, which a program's registers hold for each row; not timed above
-DEFAULT = Tuning(Shape(16, 4), Shape(16, 4))
+DEFAULT = Tuning(Shape(8, 2), Shape(8, 2))
 
 
 class Unit(NamedTuple):
