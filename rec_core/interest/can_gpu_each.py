@@ -1,7 +1,9 @@
 """`CAN.read` with a micro-MLP for each behaviour, on a GPU in one pass forward and one backward (Pallas, by Triton).
 
 A program reads one example in blocks of rows: behaviours [rows, width] and their matrices [rows, width, units], as they
-lie; products are sums over the middle axis. No matrix unit could help: nothing is shared.
+lie; products are sums over the middle axis. No matrix unit could help: nothing is shared. Gradients are those of
+`can_gpu`; units are made again for them. The reference is what `CAN.read` does elsewhere;
+tests/rec_core/test_interest_can_gpu.py compares the two, NOTES.md has times.
 """
 
 import math
