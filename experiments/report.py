@@ -196,8 +196,9 @@ header p { color: var(--soft); margin: 0; max-width: 46rem; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { padding: .4rem .75rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 td:first-child { min-width: 9rem; }
-th { font-weight: 600; color: var(--soft); white-space: nowrap; }
-.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th { font-weight: 600; color: var(--soft); }
+.n { text-align: right; font-variant-numeric: tabular-nums; }
+td.n { white-space: nowrap; }
 figure { margin: 0; padding: 1rem; background: var(--panel); border-radius: 8px; }
 figure svg { display: block; width: 100%; min-width: 30rem; height: auto; }
 figcaption { margin-top: .75rem; font-size: .9rem; }
