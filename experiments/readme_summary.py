@@ -60,7 +60,7 @@ class Claim:
 
 
 _LUM = "AUC that LUM's answers add to DIN, "
-_ADS = "AUC of ADS on {} less the best rival's, world with domain dial .4"
+_ADS = "AUC of ADS on {0} less the best rival's on {0}, world with domain dial .4"
 _MORE = "a training step with ADS on multi-head attention, % more, "
 _ANSWERS = ("ml1m", "AUC_d: DNN with answers of bahe_1024 - DNN")
 CLAIMS = (

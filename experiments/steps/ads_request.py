@@ -68,7 +68,6 @@ def measure_requests(
             rows.append(row | {"reason": program.reason or failed[variant.name]})
             continue
         row |= {f"p{q}_ms": float(np.percentile(ms[variant.name], q)) for q in (50, 99)} | program.counts()
-        row.pop("gflop", None)  # a loop over candidates, which is counted once
         if "temporaries_gib" in row:
             row["temporaries_over_all_queries"] = float(row["temporaries_gib"] or 0) / literal
         rows.append(row)

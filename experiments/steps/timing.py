@@ -19,43 +19,32 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled function, the seconds that took and its operations as written, or the reason why there is none."""
+    """A compiled function and the seconds that took, or the reason why there is none."""
 
     call: Any = None
     reason: str = ""
     seconds: float = 0.0
-    flops: float | None = None
 
     def counts(self) -> Row:
-        """GiB of memory while it runs (arguments, results that do not take an argument's place, temporaries), and
-        operations, by the compiler; what the backend does not report is left out."""
+        """GiB of memory while it runs, by the compiler: arguments, results that do not take an argument's place,
+        temporaries; what the backend does not report is left out."""
         found: Row = {"compile_s": self.seconds}
         memory = self.call.memory_analysis()
         if memory is not None:
             more = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
             whole = memory.argument_size_in_bytes + memory.temp_size_in_bytes + more
             found |= {"temporaries_gib": memory.temp_size_in_bytes / GIB, "memory_gib": whole / GIB}
-        return found if self.flops is None else found | {"gflop": self.flops / 1e9}
+        return found
 
 
 def compiled(lower: Callable[[], Any]) -> Program:
-    """What the function lowers, compiled. Operations are those of the program as written, which fusing and a library's
-    kernels do not change; where the backend does not count them there, those of the compiled one."""
+    """What the function lowers, compiled."""
     began = time.perf_counter()
     try:
-        lowered = lower()
-        call = lowered.compile()
+        call = lower().compile()
     except jax.errors.JaxRuntimeError as error:
         return Program(None, why(error), time.perf_counter() - began)
-    seconds = time.perf_counter() - began
-    for counted in (lowered, call):
-        try:
-            flops = (counted.cost_analysis() or {}).get("flops", 0)
-        except (jax.errors.JaxRuntimeError, NotImplementedError):
-            continue  # not every backend counts
-        if flops > 0:
-            return Program(call, "", seconds, flops)
-    return Program(call, "", seconds)
+    return Program(call, "", time.perf_counter() - began)
 
 
 def why(error: jax.errors.JaxRuntimeError) -> str:

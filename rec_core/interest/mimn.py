@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from rec_core import losses
-from rec_core.interest.base import Interest, check_positive, check_shapes, per_item
+from rec_core.interest.base import Interest, check_positive
 from rec_core.interest.din import DIN
 
 _SHARP = 2.0  # the authors' factor on the sharpness of addressing
@@ -32,6 +32,7 @@ class Memory(NamedTuple):
     channels: Float[Array, "B slots d"]  # S_t, of the induction unit; no slots without it
     usage: Float[Array, "B slots"]  # g_t, the writing that each slot has had
     written: Int[Array, " B"]  # behaviours so far
+    present: Bool[Array, "B T"] | None = None  # slots of the sequence that was encoded; no part of a state
 
 
 class Cell(nn.Module):
@@ -106,8 +107,9 @@ class MIMN(Interest):
 
     `encode` gives the state after the sequence, oldest first: `update(initial_state(B, d), sequence, mask)`. As
     behaviours arrive `update` goes on from the state, and `read` needs nothing else: neither sequence nor its length.
-    Attention over the channels is DIN's with softmax. It reads the order of the behaviours, not time. One query per
-    item has no meaning for a memory; the queries' mean over the behaviours stands for them.
+    Attention over the channels is DIN's with softmax. It reads the order of the behaviours, not time. A query for each
+    of several behaviours has no meaning for a memory: their mean stands for them, over the behaviours that were encoded
+    (over the queries, for a state of which nothing is known of the slots).
     """
 
     slots: int = 4
@@ -125,21 +127,6 @@ class MIMN(Interest):
             raise ValueError(f"MIMN: slots is {self.slots}, must be at least {2 * _SHIFT + 1}, or balance=False")
         self.cell = Cell(self.slots, self.units, self.balance, self.induction, self.usage_scale, self.dtype)
         self.attention = DIN(self.hidden, softmax=True, dtype=self.dtype)
-
-    def __call__(
-        self,
-        target: Float[Array, "B d"] | Float[Array, "B G d"],
-        sequence: Float[Array, "B T d"],
-        mask: Bool[Array, "B T"],
-        *,
-        time: Float[Array, "B T"] | None = None,
-    ) -> Float[Array, "B d_out"]:
-        check_shapes(target, sequence, mask, time)
-        if target.ndim == 3:
-            target = per_item(target, mask.shape[1])
-            present = mask.astype(bool)[..., None]
-            target = jnp.where(present, target, 0).sum(axis=1) / jnp.maximum(present.sum(axis=1), 1)
-        return super().__call__(target, sequence, mask, time=time)
 
     def initial_state(self, batch: int, width: int) -> Memory:
         """The state before any behaviour, for behaviours of this width. It reads no parameters."""
@@ -168,7 +155,7 @@ class MIMN(Interest):
             return jax.tree.map(keep, moved, state), ()
 
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, in_axes=1)
-        after: Memory = scan(self.cell, state, (behaviors, mask))[0]
+        after: Memory = scan(self.cell, state._replace(present=None), (behaviors, mask))[0]
         return after
 
     def encode(
@@ -178,11 +165,12 @@ class MIMN(Interest):
         *,
         time: Float[Array, "B T"] | None = None,
     ) -> Memory:
-        return self.update(self.initial_state(len(sequence), sequence.shape[-1]), sequence, mask)
+        state = self.update(self.initial_state(len(sequence), sequence.shape[-1]), sequence, mask)
+        return state._replace(present=mask.astype(bool))
 
     def read(self, encoded: Memory, target: Float[Array, "B d"] | Float[Array, "B G d"]) -> Float[Array, "B d_out"]:
-        if target.ndim == 3:  # here nothing is known of padding: the mean of all queries
-            target = target.mean(axis=1)
+        if target.ndim == 3:
+            target = _mean_query(target, encoded.present)
         target = target.astype(self.dtype)
         parts = [self.cell(encoded, target)[1]]
         if self.induction:
@@ -205,6 +193,14 @@ class MIMN(Interest):
         users = jnp.sum(encoded.written > 0, dtype=jnp.float32)
         spread = jnp.sum((usage - usage.mean(axis=-1, keepdims=True)) ** 2)
         return {"utilisation": (spread, users)}
+
+
+def _mean_query(queries: Float[Array, "B G d"], present: Bool[Array, "B T"] | None) -> Float[Array, "B d"]:
+    """The mean over the behaviours that are present, of which each query has T / G neighbouring slots."""
+    if present is None:
+        return queries.mean(axis=1)
+    count = present.reshape(*queries.shape[:2], -1).sum(axis=2)[..., None]
+    return jnp.where(count > 0, count * queries, 0).sum(axis=1) / jnp.maximum(count.sum(axis=1), 1)
 
 
 def _address(

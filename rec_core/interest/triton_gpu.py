@@ -67,10 +67,12 @@ def cut(block: int, length: int, groups: int, most: int) -> tuple[int, int, int,
 
 
 def serves(dtype: str, shape: tuple[int, ...]) -> bool:
-    """Whether this process's device, and JAX, run kernels for a computation's dtype and a sequence's shape."""
-    if triton is None or jax.default_backend() != "gpu" or dtype != "bfloat16" or len(shape) != 3:
+    """Whether the default device, and JAX, run kernels for a computation's dtype and a sequence's shape."""
+    given = jax.config.jax_default_device  # a device, or a platform's name
+    device = given if given is not None and not isinstance(given, str) else jax.devices(given)[0]
+    if triton is None or device.platform != "gpu" or dtype != "bfloat16" or len(shape) != 3:
         return False
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    capability = str(getattr(device, "compute_capability", ""))
     if not capability.replace(".", "").isdigit() or float(capability) < CAPABILITY:
         return False
     size, length, d = shape

@@ -48,6 +48,15 @@ def test_a_small_run_writes_rows_figures_and_a_report(programs, tmp_path, monkey
     assert "whole step: MHA, 20 behaviours" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("attention", ["MHA", "DIN", "CAN"])
+def test_operations_grow_with_behaviors_and_with_queries(attention):
+    alone, longer, chunked, unchunked = (
+        ads_step.dense_gflop(ads_scale.TINY, Variant(attention, length, items))
+        for length, items in ((20, None), (40, None), (20, 10), (20, 1))
+    )
+    assert alone < chunked < unchunked and alone < longer < 2 * alone
+
+
 def test_contenders_share_tables_and_a_lost_one_costs_a_row(programs):
     """A contender that the device refuses takes the tables with it: the others get new ones, and it a reason."""
     alone, chunked = programs

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import ads_multidomain, results, statistics
+from experiments import ads_multidomain, ads_multidomain_rows, results, statistics
 from experiments.ads_multidomain_models import ATTENTIONS, MODELS, QUICK, AdsMultidomain, model_config, rivals
 from experiments.datasets import make_world
 from experiments.steps import multidomain
@@ -127,12 +127,24 @@ def test_rates_and_epochs_are_chosen_on_the_validation_period(data, monkeypatch)
 
 def test_imp_keeps_its_sign_and_zero():
     difference = statistics.across_seeds(np.array([0.01, 0.03]))
-    imp = ads_multidomain.imp_of(difference, 0.7)
+    imp = ads_multidomain_rows.imp_of(difference, 0.7)
     assert imp.mean == pytest.approx(100 * 0.02 / 0.2) and imp.low < 0 < imp.high and imp.contains_zero
     assert imp.per_seed == pytest.approx((5.0, 15.0))
 
 
 NOISE = {"MHA": 0.4, "MHA + FRNet": 0.3, "DIN + ADS without PCRG": 0.3}  # others .5, those with ADS .1
+
+
+def test_models_are_compared_by_seed_with_what_they_stand_on():
+    auc = {"DNN": (0.6, 0.62), "MLR": (0.61, 0.63), "DIN": (0.7, 0.7), "DIN + ADS": (0.71, 0.73)}
+    rows = [{"data": "x", "model": n, "seed": i, "test_auc": v} for n, own in auc.items() for i, v in enumerate(own)]
+    found = {row["model"]: row for row in ads_multidomain_rows.over_seeds(rows)}
+    assert {name: row["base"] for name, row in found.items()} == {"MLR": "DNN", "DIN": "DNN", "DIN + ADS": "DIN"}
+    assert found["MLR"]["auc_difference"] == pytest.approx(0.01)
+    assert found["MLR"]["auc_difference_high"] == pytest.approx(0.01)  # the same in both seeds
+    assert found["DIN + ADS"]["imp"] == pytest.approx(100 * 0.02 / 0.2)
+    assert found["DIN + ADS"]["imp_low"] < 0 < found["DIN + ADS"]["imp"] < found["DIN + ADS"]["imp_high"]
+    assert ads_multidomain_rows.over_seeds([row for row in rows if row["seed"] == 0]) == []
 
 
 def test_all_models_are_compared_and_published(tmp_path, capsys, monkeypatch):
@@ -175,6 +187,8 @@ def test_all_models_are_compared_and_published(tmp_path, capsys, monkeypatch):
     chosen = {(row["learning_rate"], row["table_rate"], row["epochs"]) for row in rows if "seed" in row}
     assert chosen == {(*quick.trials[-1], quick.epochs[-1])}
     assert len({row["test_auc"] for row in rows if "seed" in row}) == 2, "two seeds gave one number"
+    tried = [row["valid_auc"] for row in rows if "trial" in row]
+    assert tried == [*np.linspace(0.5, 0.6, len(quick.trials)), *np.linspace(0.5, 0.6, len(quick.epochs))]
     domains = [row for row in rows if "domain" in row]
     assert domains[-1]["domain"] == "all" and len(domains) > 2
     assert "Gain along the domain dial" in (tmp_path / "report.html").read_text()

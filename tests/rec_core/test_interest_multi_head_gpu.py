@@ -223,16 +223,19 @@ def test_kernels_run_on_each_device_for_its_examples():
 
 
 class Device:
-    compute_capability = "9.0"
+    platform, compute_capability = "gpu", "9.0"
 
 
 @pytest.mark.portable
 def test_what_kernels_decline(monkeypatch):
     served = ("bfloat16", (4096, 200, 64), 4)
     assert not runs(*served)  # on this CPU
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    cpu, devices = jax.devices()[0], jax.devices
+    monkeypatch.setattr(jax, "devices", lambda platform=None: [Device()] if platform is None else devices(platform))
     monkeypatch.setattr(triton_gpu, "triton", object())
+    for other in (cpu, "cpu"):
+        with jax.default_device(other):
+            assert not runs(*served)
     assert runs(*served) and runs("bfloat16", (512, 7, 16), 1)
     declined = [
         *(("float32", (4096, 200, 64), 4), ("float16", (4096, 200, 64), 4)),
@@ -246,9 +249,9 @@ def test_what_kernels_decline(monkeypatch):
         assert not runs(*served)
     monkeypatch.setattr(Device, "compute_capability", "12.0")
     assert runs(*served)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(Device, "platform", "tpu")
     assert not runs(*served)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(Device, "platform", "gpu")
     monkeypatch.setattr(triton_gpu, "triton", None)  # a JAX without the backend
     assert not runs(*served)
 

@@ -1,0 +1,191 @@
+"""What `ads-multidomain` makes of trained models: AUC, overall and by domain, and what each gains over another."""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from experiments import statistics
+from experiments.ads_multidomain_models import ATTENTIONS, AdsMultidomain, Outcome, rivals
+from experiments.results import Row
+from experiments.statistics import Interval
+from rec_core import metrics
+
+Pairs = dict[str, tuple[str, str]]
+SHOWN_DOMAINS = 10  # the largest of them; the mean over all is shown beside
+
+
+def gain(done: Outcome, a: str, b: str, resamples: int) -> Callable[[], Interval]:
+    """What gives AUC of model b minus AUC of model a on the test period, paired over users and seeds."""
+    data = done.data
+    return partial(
+        statistics.auc_difference,
+        data.label[data.test], done.tuned[a].test, done.tuned[b].test, data.user[data.test], resamples=resamples,
+    )  # fmt: skip
+
+
+def imp_of(difference: Interval, base: float) -> Interval:
+    """A difference of AUC over a base as Imp, in %; the base's own spread is not part of the interval."""
+
+    def imp(x: float) -> float:
+        return metrics.imp(base + x, base)
+
+    low, high = imp(difference.low), imp(difference.high)
+    per_seed = tuple(map(imp, difference.per_seed))
+    return replace(difference, mean=imp(difference.mean), low=low, high=high, per_seed=per_seed)
+
+
+def best_rival(done: Outcome, attention: str) -> str | None:
+    """The rival on this attention with the best validation AUC; None where none was trained."""
+    there = [name for name in rivals(attention) if name in done.tuned]
+    return max(there, key=done.valid_auc.__getitem__) if there else None
+
+
+def domain_rows(done: Outcome, name: str) -> list[Row]:
+    """AUC within the largest domains that have both classes, means over seeds; and the mean over all domains, weighted
+    by impressions (domain "all")."""
+    data, logits = done.data, done.tuned[name].test
+    label, domain = data.label[data.test], data.domain[data.test]
+    found, counts = np.unique(domain, return_counts=True)
+    rows: list[Row] = []
+    for value in found[np.argsort(-counts, kind="stable")]:
+        there = domain == value
+        if len(rows) < SHOWN_DOMAINS and 0 < label[there].mean() < 1:
+            auc = np.mean([metrics.auc(label[there], row[there]) for row in logits])
+            rows.append({"domain": str(value), "auc": float(auc), "samples": int(there.sum())})
+    grouped = np.mean([metrics.gauc(domain, label, row).value for row in logits])
+    rows.append({"domain": "all", "auc": float(grouped), "samples": len(label)})
+    return [{"data": data.name, "model": name, **row} for row in rows]
+
+
+def measure(done: Outcome, config: AdsMultidomain) -> list[Row]:
+    """The rows of one data set: of every model its AUC by seed and by domain, of every comparison the difference and
+    Imp, and the AUC of the true probability where it is known."""
+    data, pairs = done.data, _pairs(done)
+    label = data.label[data.test]
+    rows: list[Row] = []
+    if data.probability is not None:
+        rows.append({"data": data.name, "oracle_auc": metrics.auc(label, data.probability[data.test])})
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        of_models = list(pool.map(partial(_model_rows, done), done.tuned))
+    auc = {
+        name: float(np.mean([row["test_auc"] for row in found if "seed" in row]))
+        for name, found in zip(done.tuned, of_models, strict=True)
+    }
+    jobs = {pair: gain(done, *pair, config.resamples) for pair in pairs.values()}
+    for end in ("over_alone", "over_constant_domain"):
+        own = [pairs[key] for attention in ATTENTIONS if (key := f"{attention.lower()}_{end}") in pairs]
+        if len(own) == len(ATTENTIONS):
+            pairs[f"all_{end}"] = all_of = _for_all(own[0][0]), _for_all(own[0][1])
+            jobs[all_of] = partial(
+                statistics.mean_auc_difference,
+                label, [(done.tuned[a].test, done.tuned[b].test) for a, b in own], data.user[data.test],
+                resamples=config.resamples,
+            )  # fmt: skip
+    differences = statistics.together(jobs)
+    for found in of_models:
+        rows += found
+    for key, (a, b) in pairs.items():
+        values = {"auc_difference": differences[a, b]}
+        if auc.get(a, 0) > 0.5:  # below, Imp is not defined
+            values["imp"] = imp_of(differences[a, b], auc[a])
+        row: Row = {"data": data.name, "comparison": key, "model": b, "base": a, "samples": len(label)}
+        for name, value in values.items():
+            row |= {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
+        rows.append(row)
+    return [*rows, *over_seeds(rows)]
+
+
+def over_seeds(rows: Sequence[Row]) -> list[Row]:
+    """Of one data set: each model over its attention alone, all else over DNN, by seed: the difference of AUC, and Imp,
+    which is relative to the base's mean."""
+    auc: dict[str, list[float]] = {}
+    for row in rows:
+        if "seed" in row:
+            auc.setdefault(str(row["model"]), []).append(float(row["test_auc"] or 0))
+    found: list[Row] = []
+    for name, own in auc.items():
+        base = name.split(" + ")[0] if " + " in name else "DNN"
+        if base == name or base not in auc or len(own) < 2:
+            continue
+        difference = statistics.across_seeds(np.subtract(own, auc[base]))
+        values, mean = {"auc_difference": difference}, float(np.mean(auc[base]))
+        if mean > 0.5:  # below, Imp is not defined
+            values["imp"] = imp_of(difference, mean)
+        row = {"data": rows[0]["data"], "model": name, "base": base, "interval": difference.method}
+        for key, value in values.items():
+            row |= {key: value.mean, f"{key}_low": value.low, f"{key}_high": value.high}
+        found.append(row)
+    return found
+
+
+def _for_all(name: str) -> str:
+    """The name of a model for all attentions: "mean of all + ADS" for "DIN + ADS"."""
+    return "mean of all" + name.removeprefix(next(iter(ATTENTIONS)))
+
+
+def _model_rows(done: Outcome, name: str) -> list[Row]:
+    data, tuned = done.data, done.tuned[name]
+    shared: Row = {"data": data.name, "model": name, **tuned.best, "parameters": done.parameters[name]}
+    shared |= {"valid_auc": done.valid_auc[name], "device": done.trained_on[name]}
+    auc = [metrics.auc(data.label[data.test], logits) for logits in tuned.test]
+    tried: list[Row] = [
+        {"data": data.name, "model": name, "trial": i, "learning_rate": net, "table_rate": tables, "valid_auc": value}
+        for i, ((net, tables), value) in enumerate(zip(tuned.rates.tolist(), tuned.trials.tolist(), strict=True))
+    ]
+    tried += [
+        {"data": data.name, "model": name, "trial": f"{number:g} epochs", "valid_auc": value}
+        for number, value in zip(tuned.epochs.tolist(), tuned.lengths.tolist(), strict=True)
+    ]
+    seeds: list[Row] = [shared | {"seed": i, "test_auc": value} for i, value in enumerate(auc)]
+    return tried + seeds + domain_rows(done, name)
+
+
+def _pairs(done: Outcome) -> Pairs:
+    """The comparisons of one data set, by key: the base and what is compared with it, where both were trained."""
+    wanted: dict[str, tuple[str | None, str]] = {}
+    for attention in ATTENTIONS:
+        key, ads = attention.lower(), f"{attention} + ADS"
+        wanted[key] = best_rival(done, attention), ads
+        wanted[f"{key}_over_alone"] = attention, ads
+        wanted[f"{key}_over_constant_domain"] = f"{ads}, E_D constant", ads
+        wanted[f"{key}_pcrg"] = f"{ads} without PCRG", ads
+        wanted[f"{key}_over_dnn"] = "DNN", attention
+    return {key: (a, b) for key, (a, b) in wanted.items() if a is not None and a in done.tuned and b in done.tuned}
+
+
+def dial_of(data: str) -> float | None:
+    """The setting of a world's dial, by its name; None for real data."""
+    return float(name[1]) if (name := re.fullmatch(r"world.*, domain ([\d.]+)", data)) else None
+
+
+def compared_in(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
+    """The comparisons, by data and key."""
+    return {(str(row["data"]), str(row["comparison"])): row for row in rows if "comparison" in row}
+
+
+def summarize(rows: Sequence[Row], config: AdsMultidomain) -> dict[str, float]:
+    """The figures: comparisons of the first world at the main setting; and where domains do not differ, ADS over the
+    attention alone, and over its own control, which has its capacity: the mean over all attentions, on the data with
+    most samples."""
+    compared = compared_in(rows)
+    found: dict[str, Any] = {}
+    main = next((data for data, _ in compared if dial_of(data) == config.main), None)
+    for (data, key), row in compared.items():
+        if data == main and not key.startswith("all_"):
+            found |= {f"{key}_{name}": value for name, value in row.items() if name.startswith(("auc_", "imp"))}
+    for row in rows:
+        if row["data"] == main and "oracle_auc" in row:
+            found["oracle_auc"] = row["oracle_auc"]
+    for name, end in (("domain_dial", "over_alone"), ("over_constant_domain", "over_constant_domain")):
+        there = [row for (data, key), row in compared.items() if key == f"all_{end}" and dial_of(data) == 0]
+        if there:
+            most = max(there, key=lambda row: int(row["samples"] or 0))
+            for part in ("", "_low", "_high"):
+                found[f"gain_at_zero_{name}{part}"] = most[f"auc_difference{part}"]
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
