@@ -51,13 +51,11 @@ def domain_rows(done: Outcome, name: str) -> list[Row]:
     by impressions (domain "all")."""
     data, logits = done.data, done.tuned[name].test
     label, domain = data.label[data.test], data.domain[data.test]
-    found, counts = np.unique(domain, return_counts=True)
-    rows: list[Row] = []
-    for value in found[np.argsort(-counts, kind="stable")]:
-        there = domain == value
-        if len(rows) < SHOWN_DOMAINS and 0 < label[there].mean() < 1:
-            auc = np.mean([metrics.auc(label[there], row[there]) for row in logits])
-            rows.append({"domain": str(value), "auc": float(auc), "samples": int(there.sum())})
+    by_seed = [metrics.auc_by_group(domain, label, row) for row in logits]
+    rows: list[Row] = [
+        {"domain": str(value), "auc": float(np.mean([found[value][0] for found in by_seed])), "samples": samples}
+        for value, (_, samples) in list(by_seed[0].items())[:SHOWN_DOMAINS]
+    ]
     grouped = np.mean([metrics.gauc(domain, label, row).value for row in logits])
     rows.append({"domain": "all", "auc": float(grouped), "samples": len(label)})
     return [{"data": data.name, "model": name, **row} for row in rows]

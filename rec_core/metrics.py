@@ -70,6 +70,29 @@ def gauc(users: np.ndarray, labels: np.ndarray, scores: np.ndarray, weights: np.
     return GroupedAuc(float(value), int(both.sum()), int((~both).sum()), float(impressions[~both].sum()))
 
 
+def auc_by_group(groups: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> dict[Any, tuple[float, int]]:
+    """AUC and impressions of each group, such as a domain, those of most impressions first.
+
+    Groups with one class only have no AUC and are left out. `gauc` is the mean over groups.
+
+    Args:
+      groups: `[n]`, of any kind that sorts. labels, scores: as for `auc`.
+    """
+    labels, scores, _ = _columns(labels, scores, None)
+    groups = np.asarray(groups)
+    if groups.shape != labels.shape:
+        raise ValueError(f"groups has shape {groups.shape}, labels {labels.shape}")
+    order = np.argsort(groups, kind="stable")
+    names, first = np.unique(groups[order], return_index=True)
+    parts = np.split(order, first[1:])
+    found: dict[Any, tuple[float, int]] = {}
+    for i in sorted(range(len(names)), key=lambda i: -len(parts[i])):
+        own = parts[i]
+        if 0 < labels[own].mean() < 1:
+            found[names[i].item()] = auc(labels[own], scores[own]), len(own)
+    return found
+
+
 def imp(auc: float, base: float) -> float:
     """`((AUC - .5) / (AUC_base - .5) - 1) * 100 %`: how much more than the base a model tells, of what chance leaves.
 

@@ -98,6 +98,16 @@ def test_gauc_weighs_users_by_impressions_and_leaves_out_one_class():
         metrics.gauc(users[4:5], labels[4:5], scores[4:5])
 
 
+def test_auc_by_group_is_that_of_each_group_the_largest_first():
+    groups = np.array([5, 9, 9, 5, 9, 2, 9, 2, 7])
+    labels = np.array([1, 1, 0, 0, 1, 1, 0, 0, 1])
+    scores = np.array([0.2, 0.9, 0.5, 0.2, 0.4, 0.1, 0.3, 0.8, 0.5])
+    # 9: of (.9, .4) against (.5, .3) three pairs are right; 5: a tie; 2: wrong; 7 has one class.
+    assert metrics.auc_by_group(groups, labels, scores) == {9: (0.75, 4), 2: (0.0, 2), 5: (0.5, 2)}
+    with pytest.raises(ValueError, match=r"groups has shape \(3,\), labels \(9,\)"):
+        metrics.auc_by_group(groups[:3], labels, scores)
+
+
 def test_gauc_is_the_mean_of_auc_over_users():
     labels, logits, weights = clicks(500, seed=1)
     users, scores = np.random.default_rng(2).integers(0, 12, 500), np.round(logits)
