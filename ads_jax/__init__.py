@@ -5,6 +5,7 @@
 """
 
 from ads_jax.config import Config
+from ads_jax.cost import pcrg_flops, psrg_flops
 from ads_jax.model import Batch, apply, check, example, init, loss, objective, score, touched
 from ads_jax.pcrg import PCRG
 from ads_jax.plugin import ADS, Around, candidates
@@ -24,6 +25,8 @@ __all__ = [
     "init",
     "loss",
     "objective",
+    "pcrg_flops",
+    "psrg_flops",
     "score",
     "touched",
 ]

@@ -1,5 +1,6 @@
 """Settings of ADS's ranking model."""
 
+import math
 from dataclasses import dataclass
 
 from ads_jax.plugin import ADS
@@ -37,8 +38,10 @@ class Config(ctr.Config):
         for name in ("length", "items", "generator"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ads_jax.Config: {name} is {getattr(self, name)}, must be at least 1")
-        if not self.eta > 0:
-            raise ValueError(f"ads_jax.Config: eta is {self.eta}, must be above 0 (2 leaves a new sequence as it is)")
+        if not 0 < self.eta < math.inf:
+            raise ValueError(
+                f"ads_jax.Config: eta is {self.eta}, must be above 0 and finite (2 leaves a new sequence as it is)"
+            )
         if not self.domain_features:
             raise ValueError("ads_jax.Config: domain_features is empty; the plug-in generates from at least one (E_D)")
 

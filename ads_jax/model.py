@@ -29,7 +29,16 @@ def init(key: Array, config: Config) -> dict[str, Any]:
 def apply(
     params: Any, batch: Batch, config: Config, *, key: Array | None = None, train: bool = False
 ) -> Float[Array, "B"] | Float[Array, "B tasks"]:
-    """Logits, `[B]` for one task. `key` is for dropout, in training only."""
+    """Logits, `[B]` for one task: equation 13 before its sigmoid.
+
+    Ids and numbers must be what `check` lets pass; they are not looked at here. A row without behaviours is legal.
+
+    Args:
+      params: as of `init`. key: for dropout, which is in training (`train`) only.
+
+    Raises:
+      ValueError: more slots than `config.length`, arrays that do not go together, or no key where dropout needs one.
+    """
     return ctr.apply(params, *_arranged(batch, config), key=key, train=train)
 
 
@@ -55,29 +64,55 @@ def loss(
     train: bool = True,
     axis_name: str | None = None,
 ) -> tuple[Float[Array, ""], dict[str, losses.Sum]]:
+    """`objective` of `apply`: what is minimised, and the sums of `rec_core.ranking.ctr.click_sums` by name.
+
+    Args:
+      key, train: as for `apply`. axis_name: the mapped axis of `jax.pmap` that the batch is spread over, if any.
+
+    Raises:
+      ValueError: as `apply` does.
+    """
     return ctr.loss(params, *_arranged(batch, config), key=key, train=train, axis_name=axis_name)
 
 
-def score(params: Any, batch: Batch, config: Config, *, chunk: int = 32) -> Float[Array, "B C"]:
+def score(params: Any, batch: Batch, config: Config, *, chunk: int | None = None) -> Float[Array, "B C"]:
     """Logits of C candidates for each request: `[B, C]`, or `[B, C, tasks]` for several tasks.
 
-    The user's sequence is made personal, and its keys and values computed, once a request; `chunk` candidates are read
-    at a time, each with a query a chunk of behaviours, and no `[B, C, T, d_Q]` array is made. Where a domain feature
-    reads a field of the candidate (its category, as in the paper's Taobao data), each candidate has a sequence of its
-    own, and memory is that of `chunk` sequences.
+    Once a request, user and behaviours are embedded and PSRG's weights generated; the personal sequence is made of them
+    for all attentions but multi-head, which takes the weights as they are. Multi-head attention never makes values of
+    the behaviours. Where queries are few it makes no keys either; where they are many (unchunked) the keys
+    `[B, T, heads, width]` are made once for each `chunk` candidates, which share them.
+
+    Where a domain feature reads a field of the candidate (its category, as in the paper's Taobao data), each candidate
+    has a sequence of its own, and memory is that of `chunk` sequences.
+
+    Args:
+      batch: a request a row: targets `[B, C]`. Ids and numbers must be what `check(batch, config, candidates=True)`
+        lets pass; they are not looked at here. Label and weight are not read.
+      chunk: candidates at a time, `ads_jax.ADS.at_a_time` if None. Memory grows with it: see `ads_jax.candidates`.
+
+    Raises:
+      ValueError: targets are not `[B, C]`, `chunk` is below 1, or as `apply` does.
     """
+    chunk = config.make_interest().at_a_time if chunk is None else chunk
     return ctr.score(params, *_arranged(batch, config), chunk=chunk)
 
 
 def touched(batch: Batch, config: Config) -> dict[str, Int[Array, " n"]]:
-    """Rows of each table that the batch reads."""
+    """Rows of each table that the batch reads, by the table's name: those whose gradient may not be zero.
+
+    A row may be there more than once.
+    """
     return ctr.touched(batch, config)
 
 
-def check(batch: Batch, config: Config) -> None:
-    """ValueError naming field, row and value for what would pass unseen on a device. For batches of `apply`.
+def check(batch: Batch, config: Config, *, candidates: bool = False) -> None:
+    """ValueError naming field, row and value for what would pass unseen on a device.
 
     A row without any behaviour is legal, and so is a length that the chunks do not divide.
+
+    Args:
+      candidates: the batch is of `score`, a request a row, and not of `apply` (see `rec_core.ranking.ctr.check`).
     """
     slots = check_mask("mask", batch.mask)[1]
     if config.arranged:
@@ -89,7 +124,7 @@ def check(batch: Batch, config: Config) -> None:
             )
     if slots > config.length:
         raise ValueError(f"mask: {slots} slots, config.length is {config.length}; raise it, or cut the oldest")
-    ctr.check(batch, config)
+    ctr.check(batch, config, candidates=candidates)
 
 
 def _arranged(batch: Batch, config: Config) -> tuple[Batch, Config]:

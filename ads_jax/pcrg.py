@@ -36,6 +36,9 @@ class PCRG(nn.Module):
     G = T is a query for each behaviour. Query 0 is of the newest chunk. The first layer is taken apart, into
     `E_D W + E_Q W'`, so that many candidates of a request share the domain's part. Ours: the second layer starts at
     zero, so that all queries are the candidate itself at first.
+
+    Raises:
+      ValueError: when called, if `chunks` or `hidden` is below 1.
     """
 
     chunks: int
@@ -54,10 +57,12 @@ class PCRG(nn.Module):
         """The queries, the newest chunk's first; with `oldest_of`, of that many newest chunks, the oldest first.
 
         Args:
+          domain: E_D, one for all candidates of an example. target: E_Q, of one candidate an example or of more.
           project: a linear map of queries, which is then in the result; it acts on parameters instead of examples.
         """
-        if self.chunks < 1:
-            raise ValueError(f"PCRG: chunks is {self.chunks}, must be at least 1")
+        for name in ("chunks", "hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"PCRG: {name} is {getattr(self, name)}, must be at least 1")
         d_q, target = target.shape[-1], target.astype(self.dtype)
         of_domain = nn.Dense(self.hidden, dtype=self.dtype, name="first_domain")(domain)
         of_target = nn.Dense(self.hidden, use_bias=False, dtype=self.dtype, name="first_target")(target)

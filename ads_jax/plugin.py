@@ -19,17 +19,19 @@ from rec_core.interest.base import Behaviors, per_item
 
 @struct.dataclass
 class Encoded:
-    """A sequence as the unit encoded it, and how many slots it had before it was filled up to whole chunks."""
+    """A sequence as the unit encoded it, and the mask that was given, before it was filled up to whole chunks."""
 
     unit: Any
-    length: int = struct.field(pytree_node=False)
+    mask: Bool[Array, "B T"]  # read for its shape alone
 
 
 class ADS(nn.Module):
-    """A member of the interest family, or any module of its face, around which PSRG and PCRG stand.
+    """A member of the interest family, or any module of its face, around which PSRG and PCRG stand (arXiv 2502.05523,
+    equations 2-7, in front of any of the attentions 8-12).
 
     Called as the member is, with the domain input E_D beside. What is shared by a request's candidates is `encode`;
-    `read` is once a candidate, and `candidates` both.
+    `read` is once a candidate, and `candidates` both. Values must be finite, but for padding's, and are not looked at
+    (under jit they cannot be); `ads_jax.check` does so, for batches of the model.
 
     Attributes:
       unit: such as `rec_core.interest.DIN()`. One that offers `encode_mapped`, `project` and `attend`, as
@@ -41,6 +43,9 @@ class ADS(nn.Module):
       constant: the generators read ones in the place of E_D, whoever asks: a control that has the plug-in's capacity
         and knows no domain.
       arranged: what is given has its padding first already, and no look is taken at that.
+
+    Raises:
+      ValueError: a setting, or the shape of an array, is not what it must be; when called, as nothing is made before.
     """
 
     unit: Interest
@@ -71,6 +76,7 @@ class ADS(nn.Module):
         *,
         time: Float[Array, "B T"] | None = None,
     ) -> Float[Array, "B d_out"]:
+        """The interest in one target an example. A row without any behaviour gives zeros, where the unit's does."""
         return self.read(self.encode(sequence, mask, domain, time=time), target, domain)
 
     def encode(
@@ -81,13 +87,22 @@ class ADS(nn.Module):
         *,
         time: Float[Array, "B T"] | None = None,
     ) -> Encoded:
-        """What no candidate changes: the personal sequence, its newest behaviour last, as the unit encodes it."""
-        if sequence.shape[1] > self.length:
-            raise ValueError(f"ADS: the sequence has {sequence.shape[1]} slots, length is {self.length}; raise it")
-        length = sequence.shape[1]
-        given = (sequence, mask.astype(bool), time)
+        """What no candidate changes: the personal sequence, its newest behaviour last, as the unit encodes it.
+
+        At least one slot: a user without behaviours has a mask that is False everywhere.
+        """
+        _check("sequence", sequence, ("B", "T", "d_S"))
+        size, length = sequence.shape[:2]
+        _check("mask", mask, (size, length))
+        _check("domain", domain, (size, "d_D"))
+        if time is not None:
+            _check("time", time, (size, length))
+        if length > self.length:
+            raise ValueError(f"ADS: the sequence has {length} slots, length is {self.length}; raise it")
+        given_mask = mask.astype(bool)
+        given = (sequence, given_mask, time)
         if not self.arranged:
-            given = newest_last(mask, given)
+            given = newest_last(given_mask, given)
 
         def whole_chunks(x: Array) -> Array:
             return jnp.pad(x, [(0, 0), (-length % self.items, 0)] + [(0, 0)] * (x.ndim - 2))
@@ -95,18 +110,21 @@ class ADS(nn.Module):
         sequence, mask, time = jax.tree.map(whole_chunks, given)
         if self.sequence and self._folds:
             linear = self.psrg.generate(self._read(domain), sequence.shape[-1])
-            return Encoded(self.unit.encode_mapped(sequence, mask, *linear, time=time), length)
+            return Encoded(self.unit.encode_mapped(sequence, mask, *linear, time=time), given_mask)
         if self.sequence:
             sequence = self.psrg(self._read(domain), jnp.where(mask[..., None], sequence, 0))
-        return Encoded(self.unit.encode(sequence, mask, time=time), length)
+        return Encoded(self.unit.encode(sequence, mask, time=time), given_mask)
 
     def read(
         self, encoded: Encoded, target: Float[Array, "B d_Q"], domain: Float[Array, "B d_D"]
     ) -> Float[Array, "B d_out"]:
-        """The interest in one candidate, from what `encode` gave."""
+        """The interest in one candidate an example, from what `encode` gave."""
+        size, length = encoded.mask.shape
+        _check("target", target, (size, "d_Q"))
+        _check("domain", domain, (size, "d_D"))
         if not (self.candidate and self._folds):
-            return self.unit.read(encoded.unit, self.queries(target, domain, encoded.length))
-        chunks = -(-encoded.length // self.items)
+            return self.unit.read(encoded.unit, self.queries(target, domain, length))
+        chunks = -(-length // self.items)
         project = partial(self.unit.project, encoded=encoded.unit, groups=chunks)
         return self.unit.attend(encoded.unit, self.pcrg(self._read(domain), target, oldest_of=chunks, project=project))
 
@@ -117,6 +135,12 @@ class ADS(nn.Module):
         if not self.candidate:
             return target
         return self.pcrg(self._read(domain), target, oldest_of=-(-length // self.items))
+
+    @property
+    def at_a_time(self) -> int:
+        """Candidates that `candidates` reads at a time if not told: 32, and fewer where each has many queries: together
+        they have about as many as 4 would have unchunked."""
+        return min(32, 4 * self.items) if self.candidate else 32
 
     @property
     def _folds(self) -> bool:
@@ -151,17 +175,42 @@ def candidates(
     domain: Float[Array, "B d_D"],
     *,
     time: Float[Array, "B T"] | None = None,
-    chunk: int = 32,
+    chunk: int | None = None,
 ) -> Float[Array, "B C d_out"]:
-    """The interest in each of a request's C candidates; the sequence is made personal, and encoded, once.
+    """The interest in each of a request's C candidates. What `ADS.encode` gives is made once a request.
 
-    `chunk` candidates are read at a time: memory grows with it, and no `[B, C, T, d_Q]` array is made.
+    That is PSRG's part, and what the unit's `encode` does (see `ads_jax.score` for multi-head attention). The rest is
+    made `chunk` candidates at a time, and what of it no candidate changes once a chunk.
+
+    Args:
+      module, params: the plug-in and its variables, as for `module.apply(params, ...)`.
+      targets: a vector a candidate. sequence, mask, domain, time: one of each a request, as for `ADS`; values finite.
+      chunk: candidates at a time, `module.at_a_time` if None; memory grows with it. Where C is well above it, no
+        `[B, C, T, d_Q]` array is made: for one request of 500 candidates, 1,000 behaviours and DIN, multi-head
+        attention or CAN, 16 wide, the peak of temporaries (XLA's, for a CPU) is .10 to .66 of such an array, with
+        chunks of 10 behaviours and unchunked. The .66, multi-head attention unchunked, are matrices of PCRG's, as large
+        for any C; where `chunk` does not divide C they are there twice (1.05 for 501 candidates).
+
+    Raises:
+      ValueError: as for `ADS`, or `chunk` is below 1.
     """
-    if targets.ndim != 3:
-        raise ValueError(f"targets has shape {targets.shape}, must be [B, C, d_Q]")
-    encoded = module.apply(params, sequence, mask, domain, time=time, method="encode")
+    chunk = module.at_a_time if chunk is None else chunk
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}, must be at least 1")
+    encoded: Any = module.apply(params, sequence, mask, domain, time=time, method="encode")
+    _check("targets", targets, (len(encoded.mask), "C", "d_Q"))
 
     def one(target: Array) -> Any:
         return module.apply(params, encoded, target, domain, method="read")
 
     return jax.lax.map(one, targets.swapaxes(0, 1), batch_size=min(chunk, targets.shape[1])).swapaxes(0, 1)
+
+
+def _check(name: str, array: Array, shape: tuple[int | str, ...]) -> None:
+    """ValueError naming array, shape and rule, unless its shape is this one; axes by name are at least 1."""
+    given = jnp.shape(array)
+    fits = len(given) == len(shape) and all(n >= 1 if isinstance(m, str) else n == m for n, m in zip(given, shape))
+    if not fits:
+        names = ", ".join(m for m in shape if isinstance(m, str))
+        rule = f"[{', '.join(map(str, shape))}]" + (f", {names} at least 1" if names else " to go with the sequence")
+        raise ValueError(f"ADS: {name} has shape {given}, must be {rule}")

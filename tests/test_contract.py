@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rival_models
 import toy_model
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from rec_core import optimizers
+from rec_core.ranking.networks import NETWORKS
 from rec_core.sharding import AXES, make_mesh, path_name, put_batch, shardings
 from rec_core.training import TrainConfig, init_state, make_step, step_key, value_and_grad
 
@@ -95,11 +97,15 @@ def example(model: Any, size: int) -> tuple[Any, Any]:
     return config, batch
 
 
-def one_step(known: Case, mesh: Mesh, train: TrainConfig) -> tuple[Any, Any]:
-    """State and metrics after the first step; everything stays where the rules put it."""
+def one_step(known: Case, mesh: Mesh, train: TrainConfig, moments: Any = None) -> tuple[Any, Any]:
+    """State and metrics after the first step; everything stays where the rules put it.
+
+    `moments` are the optimizer's of the tables, with `sparse_tables`, in the place of zeros.
+    """
 
     def begin(params: Any) -> Any:  # in arrays of its own, since the step donates them
-        return init_state(known.model, known.config, train, jax.tree.map(jnp.copy, params))
+        state = init_state(known.model, known.config, train, jax.tree.map(jnp.copy, params))
+        return state if moments is None else state.replace(opt_state={**state.opt_state, "tables": moments})
 
     wanted = shardings(jax.eval_shape(begin, known.params), mesh)
     state = jax.jit(begin, out_shardings=wanted)(known.params)
@@ -329,6 +335,78 @@ def test_sparse_first_step_is_the_dense_one(model: Any) -> None:
             left = np.setdiff1d(np.arange(len(table)), np.asarray(touched[name]))
             np.testing.assert_array_equal(moved[left], table[left])
             np.testing.assert_array_equal(gradient[left], 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "width"),
+    [(TOY, 8, 1), *((model, 1, 8) for model in (TOY, *MODELS))],
+    ids=lambda value: getattr(value, "__name__", None),
+    scope="module",
+)
+def test_sparse_step_leaves_rows_and_moments_that_the_batch_does_not_read(model: Any, data: int, width: int) -> None:
+    """Bit for bit, where there are moments to decay; those that it reads move as Adam would move them."""
+    known, draw = case(model), np.random.default_rng(0)
+    tables, gradients = ({"tables": jax.device_get(tree["tables"])} for tree in (known.params, known.gradients))
+    scale = {name: np.abs(x).max() + np.float32(1e-6) for name, x in gradients["tables"].items()}
+    moments = {
+        name: {"mu": scale[name] * drawn, "nu": (scale[name] * drawn) ** 2 + scale[name] ** 2}
+        for name, x in tables["tables"].items()
+        for drawn in [draw.normal(size=x.shape).astype(np.float32)]
+    }
+    state, _ = one_step(known, make_mesh(data, width), dataclasses.replace(TRAIN, sparse_tables=True), moments)
+
+    adam, *rest = optimizers.init_optimizer(tables, TRAIN)["whole"]
+    mu, nu = ({"tables": {name: x[part] for name, x in moments.items()}} for part in ("mu", "nu"))
+    dense, known_state = jax.jit(functools.partial(optimizers.update, train=TRAIN, step=jnp.int32(0)))(
+        tables, gradients, {"whole": (adam._replace(mu=mu, nu=nu), *rest)}
+    )
+    alone = 0
+    for name, ids in model.touched(known.batch, known.config).items():
+        read = np.unique(ids)
+        left = np.setdiff1d(np.arange(len(tables["tables"][name])), read)
+        alone += len(left)
+        before = {"table": tables["tables"][name], **moments[name]}
+        after = {"table": state.params["tables"][name], **state.opt_state["tables"][name]}
+        adam = known_state["whole"][0]
+        wanted = {"table": dense["tables"][name], "mu": adam.mu["tables"][name], "nu": adam.nu["tables"][name]}
+        for part, x in after.items():
+            where = f"{name}, {part}"
+            np.testing.assert_array_equal(x[left], before[part][left], err_msg=where)
+            assert (x[read] != before[part][read]).any(axis=1).all(), where
+            np.testing.assert_allclose(
+                x[read], wanted[part][read], rtol=1e-4, atol=1e-5 * np.abs(wanted[part]).max(), err_msg=where
+            )
+    assert alone, "the batch reads all rows of all tables: the test is empty"
+
+
+@pytest.mark.parametrize("model", rival_models.RIVALS, ids=lambda model: model.__name__, scope="module")
+def test_networks_and_gates(model: Any) -> None:
+    """The click model's networks and gates under pmap, and on a mesh in micro-batches with sparse tables."""
+    known = case(model)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(known.gradients["net"]):
+        assert np.abs(gradient).max() > 1e-7, f"nothing is compared: no gradient at {path_name(path)}"
+    loss, aux, gradients = run_pmap(known)
+    assert_same(known, loss, gradients)
+    assert_same_aux(known, aux)
+    train = dataclasses.replace(TRAIN, micro_batches=2, sparse_tables=True)
+    state, metrics = one_step(known, make_mesh(4, 2), train)
+    assert_same(known, metrics["loss"], first_gradients(state))
+    assert_same_aux(known, metrics["aux"])
+
+
+def test_the_suite_notices_a_network_that_reads_other_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = NETWORKS["mlr"]
+    logits = network.logits
+
+    def centered(self: Any, inputs: Any, deterministic: bool) -> Any:  # as a batch norm would
+        made = logits(self, inputs, deterministic)
+        return made - made.mean(axis=0)
+
+    monkeypatch.setattr(network, "logits", centered)
+    known = case(rival_models.rival("centered", {"network": "mlr"}))
+    loss, _, gradients = run_pmap(known)
+    with pytest.raises(AssertionError):
+        assert_same(known, loss, gradients)
 
 
 def test_the_suite_notices_a_loss_that_is_averaged_by_device() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rec_core.ranking.gates import EPNet, FRNet, PPNet
 from rec_core.ranking.networks import Inputs, Network
 
 
@@ -36,6 +37,15 @@ def flops(network: Network, inputs: Inputs) -> int:
     """
     count, k = (0, 0) if inputs.fields is None else inputs.fields.shape[1:]
     return network.flops(inputs.x.shape[-1], count, k, 0 if inputs.domain is None else inputs.domain.shape[-1])
+
+
+def gate_flops(gate: FRNet | EPNet | PPNet, *inputs: Any) -> int:
+    """Operations of a gate for one example, counted as in `flops`; PPNet's are those of its towers too.
+
+    Args:
+      inputs: what the gate is called with, arrays or their shapes; the number of examples does not matter.
+    """
+    return gate.flops(*(size for x in inputs for size in x.shape[1:]))
 
 
 def compiler_flops(function: Callable[..., Any], *arguments: Any) -> float:

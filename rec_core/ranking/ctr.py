@@ -177,11 +177,13 @@ def score(params: Any, batch: Batch, config: Config, *, chunk: int = 32) -> Floa
     User and behaviours are embedded, and the behaviours encoded, once a request and never repeated; `chunk` candidates
     are read by the interest module and go through the MLP at a time. Only where an interest module reads the domain,
     and the domain's fields are of the candidate, are the behaviours encoded once a candidate. Label and weight are not
-    read.
+    read. Ids and numbers are not looked at: `check(batch, config, candidates=True)` does so on the host.
     """
     shape = jnp.shape(next(iter(batch.target.values())))
     if len(shape) != 2:
         raise ValueError(f"score takes targets [B, C], got {shape}; for one target an example use apply")
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}, must be at least 1")
 
     def per_candidate(x: Any) -> Array:  # [B] or [B, C] to [C, B]
         x = jnp.asarray(x)

@@ -8,7 +8,7 @@ from flax import struct
 from jaxtyping import Bool, Float
 
 from rec_core import embedding
-from rec_core.embedding import Categorical, Continuous, Cross, Hashed
+from rec_core.embedding import Categorical, Continuous, Cross, Feature, Hashed
 from rec_core.features import check_features, check_ids, check_labels, check_mask, check_not_nan, check_shape
 from rec_core.ranking.ctr_config import Config
 
@@ -33,36 +33,74 @@ class Batch:
         return {**self.user, **self.target, **self.context}
 
 
-def check(batch: Batch, config: Config) -> None:
-    """ValueError naming field, row and value for what would pass unseen on a device. For batches of `apply`.
+def check(batch: Batch, config: Config, *, candidates: bool = False) -> None:
+    """ValueError naming field, row and value for what would pass unseen on a device.
 
     A row without any behaviour is legal: a new user. Numbers that domain features read must be finite, those of other
     features may be infinite (the end buckets).
+
+    Args:
+      candidates: the batch is of `score`: targets are [B, C], and context and dense may be; label and weight are not
+        read. Otherwise it is of `apply`.
     """
     size, length = check_mask("mask", batch.mask)
+    asked = _asked(batch, size) if candidates else (size,)
     check_features("user", config.user_features, batch.user, (size,))
-    check_features("target", config.item_features + config.query_features, batch.target, (size,))
+    check_features("target", config.item_features + config.query_features, batch.target, asked)
     check_features("sequence", config.item_features, batch.sequence, (size, length))
     missing = [name for name in config.context_fields if name not in batch.fields]
     if missing:
         raise ValueError(f"context: field {missing[0]!r} is missing; present: {sorted(batch.context)}")
-    check_features("context", config.context_features, batch.fields, (size,))
-    check_features("domain", config.domain_features, batch.fields, (size,))
+    _check_fields("context", config.context_features, batch, asked)
+    _check_fields("domain", config.domain_features, batch, asked)
     for name in embedding.fields(config.domain_features):
         check_not_nan(f"domain[{name!r}]", batch.fields[name], finite=True)
     if config.domain_field:
         where = f"domain[{config.domain_field!r}]"
-        check_shape(where, batch.fields[config.domain_field], (size,))
+        _check_shape_of(where, config.domain_field, batch, asked)
         check_ids(where, batch.fields[config.domain_field], config.domains)
-    check_labels(batch.label, batch.weight, size, config.tasks)
+    if not candidates:
+        check_labels(batch.label, batch.weight, size, config.tasks)
     if config.dense and batch.dense is None:
         raise ValueError(f"dense: missing, config.dense asks for {config.dense} float features")
     if batch.dense is not None:
-        check_shape("dense", batch.dense, (size, config.dense))
+        of_candidate = candidates and np.ndim(batch.dense) == 3
+        check_shape("dense", batch.dense, (*(asked if of_candidate else (size,)), config.dense))
         check_not_nan("dense", batch.dense, finite=True)
     if batch.time is not None:
         check_shape("time", batch.time, (size, length))
         check_not_nan("time", batch.time, finite=True)
+
+
+def _asked(batch: Batch, size: int) -> tuple[int, int]:
+    # The shape of a request's targets.
+    if not batch.target:
+        raise ValueError("target: no field is there; a request needs those of its candidates")
+    name, ids = next(iter(batch.target.items()))
+    shape = np.shape(ids)
+    if len(shape) != 2 or shape[0] != size or not shape[1]:
+        raise ValueError(f"target[{name!r}]: shape {shape}, must be ({size}, C) with at least one candidate")
+    return size, shape[1]
+
+
+def _check_fields(where: str, specs: tuple[Feature, ...], batch: Batch, asked: tuple[int, ...]) -> None:
+    # Of user, target and context. Where a feature crosses fields of request and candidate, each has all candidates.
+    for spec in specs:
+        raw = {name: np.asarray(batch.fields[name]) for name in embedding.fields((spec,))}
+        for name in raw:
+            _check_shape_of(f"{where}[{name!r}]", name, batch, asked)
+        shape = max((x.shape for x in raw.values()), key=len)
+        raw = {name: x if x.shape == shape else np.broadcast_to(x[:, None], shape) for name, x in raw.items()}
+        check_features(where, (spec,), raw, shape)
+
+
+def _check_shape_of(where: str, name: str, batch: Batch, asked: tuple[int, ...]) -> None:
+    # [B]; for candidates [B, C] of the target, and either of the context.
+    shape, one = np.shape(batch.fields[name]), asked[:1]
+    if name in batch.context:
+        check_shape(where, batch.fields[name], asked if len(shape) == len(asked) else one)
+    else:
+        check_shape(where, batch.fields[name], asked if name in batch.target else one)
 
 
 def example(batch_size: int = 8, seed: int = 0) -> tuple[Config, Batch]:

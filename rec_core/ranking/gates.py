@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from rec_core.interest import Dice
+from rec_core.ranking.networks.base import dense_flops
 
 
 class InformationExtraction(nn.Module):
@@ -59,6 +60,13 @@ class FRNet(nn.Module):
         complementary = InformationExtraction(*options, name="complementary")(fields)
         return weight * fields + (1 - weight) * complementary
 
+    @nn.nowrap
+    def flops(self, F: int, k: int) -> int:
+        """Operations of the matrix products for one example of F fields k wide, two a multiply-add."""
+        a = self.attention
+        mixed = F * (3 * dense_flops(k, a) + dense_flops(a, k)) + 2 * F * dense_flops(F, a)
+        return 2 * (mixed + dense_flops(F * k, self.hidden, k))
+
 
 class Gate(nn.Module):
     """PEPNet's gate unit: `2 sigmoid(relu(x W + b) W' + b')`, a factor in (0, 2) for each of `size` units."""
@@ -87,6 +95,11 @@ class EPNet(nn.Module):
         x = x.astype(self.dtype)
         read = jnp.concatenate([domain.astype(self.dtype), jax.lax.stop_gradient(x)], axis=-1)
         return Gate(x.shape[-1], self.hidden, self.dtype, name="gate")(read) * x
+
+    @nn.nowrap
+    def flops(self, D: int, d_D: int) -> int:
+        """Operations of the matrix products for one example, two a multiply-add."""
+        return dense_flops(d_D + D, self.hidden, D)
 
 
 class PPNet(nn.Module):
@@ -129,3 +142,9 @@ class PPNet(nn.Module):
             nn.Dense(1, dtype=jnp.float32, name=f"logit_{task}")(h.astype(jnp.float32)) for task, h in enumerate(last)
         ]
         return jnp.concatenate(logits, axis=-1)
+
+    @nn.nowrap
+    def flops(self, D: int, d_P: int) -> int:
+        """Operations of the matrix products for one example, gates and towers, two a multiply-add."""
+        gates = sum(dense_flops(d_P + D, self.gate_hidden, self.tasks * width) for width in (D, *self.hidden))
+        return gates + self.tasks * dense_flops(D, *self.hidden, 1)

@@ -4,6 +4,7 @@ import functools
 from dataclasses import fields, replace
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from rec_core.features import vocabulary_from_values
 from rec_core.interest.can import parameters
 from rec_core.metrics import imp
 from rec_core.ranking import ctr
+from rec_core.sharding import make_mesh, put_batch
 
 CONFIG, BATCH = ads_jax.example(batch_size=6, seed=3)
 BATCH.mask[0] = False  # a new user
@@ -39,22 +41,47 @@ def dice(s, alpha):
 
 @pytest.mark.portable
 def test_equation_13_by_hand():
-    params = drawn(CONFIG)
-    tables, head = params["tables"], params["net"]["head"]
+    """With a context feature that is not the domain, and s from equations 2-12 as they are written."""
+    config = replace(CONFIG, context_features=(Categorical("hour", 24, 4),))
+    hour = np.array([3, 20, 3, 11, 7, 0], np.int32)
+    batch, params = replace(BATCH, context={**BATCH.context, "hour": hour}), drawn(config)
+    tables, head, inside = params["tables"], params["net"]["head"], params["net"]["interest"]
     target, sequence = tables["item"][BATCH.target["item"]], tables["item"][BATCH.sequence["item"]]
     e_u = tables["user"][BATCH.user["user"]]
     bucket = (BATCH.context["active_days"][:, None] >= np.array([1.0, 7.0])).sum(1)
     e_d = np.concatenate([tables["scenario"][BATCH.context["scenario"]], tables["active_days"][bucket]], axis=1)
-    module = CONFIG.make_interest()
-    s = module.apply({"params": params["net"]["interest"]}, target, sequence, BATCH.mask, e_d)
+
+    def dense(p, x):
+        return x @ p["kernel"] + p["bias"]
+
+    def second(p, hidden):  # ours: the parameters over the number of inputs
+        return dense(p, np.maximum(hidden, 0)) / len(p["kernel"])
+
+    def generated(p):
+        return second(p["second"], dense(p["first"], e_d))
+
+    psrg, pcrg = inside["psrg"], inside["pcrg"]
+    w_private = 1 / (1 + np.exp(-generated(psrg["weight"]).reshape(6, 4, 4)))  # (2)
+    w_generated = config.eta * psrg["w_shared"] / 4 * w_private  # (3)
+    personal = np.einsum("boi,bti->bto", w_generated, sequence) + generated(psrg["bias"])[:, None]  # (4), (5)
+    hidden = dense(pcrg["first_domain"], e_d) + target @ pcrg["first_target"]["kernel"]
+    queries = second(pcrg["second"], hidden).reshape(6, 2, 4) + target[:, None]  # (6), (7)
+    asked = queries[:, (5 - np.arange(6)) // config.items]  # of each behaviour its chunk's, the newest chunk first
+    q, k, v = (
+        np.einsum("btd,dhw->bhtw", x, inside["unit"][name]["kernel"])
+        for name, x in (("query", asked), ("key", personal), ("value", personal))
+    )
+    weight = np.exp((q * k).sum(-1) / np.sqrt(4)) * batch.mask[:, None]  # (8)-(12), two heads of width 4
+    weight /= np.maximum(weight.sum(-1, keepdims=True), 1e-30)
+    s = np.einsum("bht,bhtw->bhw", weight, v).reshape(6, 8)
     np.testing.assert_array_equal(s[0], 0)
-    x = np.concatenate([s, e_u, target, e_d], axis=1)
+    x = np.concatenate([s, e_u, target, tables["hour"][hour], e_d], axis=1)
     h = dice(x @ head["mlp_0"]["kernel"] + head["mlp_0"]["bias"], head["dice_0"]["alpha"])
     wanted = h @ head["logit"]["kernel"] + head["logit"]["bias"]
-    logits = apply(params, BATCH, CONFIG)
+    logits = apply(params, batch, config)
     assert logits.shape == (6, 2)
     np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-5)
-    loss, aux = ads_jax.objective(params, logits, BATCH, CONFIG)
+    loss, aux = ads_jax.objective(params, logits, batch, config)
     p = 1 / (1 + np.exp(-np.asarray(wanted, np.float64)))
     entropy = -(BATCH.label * np.log(p) + (1 - BATCH.label) * np.log(1 - p))
     np.testing.assert_allclose(loss, entropy.mean(), rtol=1e-4)
@@ -147,8 +174,9 @@ def test_a_request_encodes_its_sequence_once(monkeypatch):
     assert encoded == [((6, 6, 4), (6, 8))]  # all requests, no candidates
 
 
+@pytest.mark.parametrize("items", [10, 1])
 @pytest.mark.parametrize("interest", ["din", "multi_head", "can"])
-def test_memory_of_a_request_stays_below_one_array_of_all_queries(interest):
+def test_memory_of_a_request_stays_below_one_array_of_all_queries(interest, items):
     candidates, length, d = 500, 1000, 16
     config = ads_jax.Config(
         item_features=(Categorical("item", 1000, d),),
@@ -157,6 +185,7 @@ def test_memory_of_a_request_stays_below_one_array_of_all_queries(interest):
         interest_options=(("hidden", (16, 8)),) if interest == "din" else (),
         hidden=(32,),
         length=length,
+        items=items,
     )
     request = ads_jax.Batch(
         target={"item": np.zeros((1, candidates), np.int32)},
@@ -168,7 +197,26 @@ def test_memory_of_a_request_stays_below_one_array_of_all_queries(interest):
     )
     params = jax.eval_shape(functools.partial(ads_jax.init, config=config), jax.random.key(0))
     compiled = score.lower(params, request, config).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * candidates * length * d
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.7 * 4 * candidates * length * d
+
+
+@pytest.mark.parametrize("items", [1, 2])
+def test_keys_of_multi_head_are_made_for_each_chunk_of_candidates_and_values_never(items):
+    """What `score` says is shared, seen in its program: which arrays [.., T, heads, width] products give, and where."""
+    config = replace(CONFIG, interest_options=(("heads", 2), ("width", 3 if items == 1 else 12)), items=items)
+    request, found = asked(), []
+
+    def walk(program, inside):
+        for step in program.eqns:
+            if step.primitive.name == "dot_general":
+                found.extend(inside for x in step.outvars if x.aval.shape == (6, 6, *heads))
+            for inner in jax.extend.core.jaxprs_in_params(step.params):
+                walk(inner, inside or step.primitive.name == "scan")
+
+    heads = tuple(dict(config.interest_options).values())
+    program = jax.make_jaxpr(functools.partial(ads_jax.score, config=config, chunk=1))(drawn(config), request)
+    walk(program.jaxpr, False)
+    assert found == ([True] if items == 1 else [])  # keys alone, in the loop over candidates
 
 
 def test_training_moves_touched_rows_alone_and_rare_ids_share_one():
@@ -201,6 +249,23 @@ def test_training_moves_touched_rows_alone_and_rare_ids_share_one():
         assert (moved[rows] != np.asarray(table)[rows]).any(axis=1).all(), name
     assert UNKNOWN in touched["item"] and (np.unique(touched["active_days"]) == [1]).all()
     assert done.history[-1]["loss"] < 0.8 * done.history[0]["loss"]
+
+    # A step of all, then one of the first example alone: rows that only the others read have moments, and keep them.
+    mesh, one = make_mesh(), jax.tree.map(lambda x: np.repeat(x[:1], 16, axis=0), batch)
+    step = training.make_step(ads_jax, config, settings, mesh)
+    state = training.init_state(ads_jax, config, settings, jax.tree.map(jnp.copy, before))
+    held, now = (jax.device_get(state := step(state, put_batch(x, mesh))[0]) for x in (batch, one))
+    idle = set()
+    for name, ids in ads_jax.touched(one, config).items():
+        rows = np.unique(ids)
+        left = np.setdiff1d(np.arange(len(before["tables"][name])), rows)
+        old, new = ({"value": x.params["tables"][name], **x.opt_state["tables"][name]} for x in (held, now))
+        for part in ("value", "mu", "nu"):
+            np.testing.assert_array_equal(new[part][left], old[part][left], err_msg=f"{name}, {part}")
+            assert (new[part][rows] != old[part][rows]).any(axis=1).all(), (name, part)
+        if (old["mu"][left] != 0).any() and (old["nu"][left] != 0).any():
+            idle.add(name)
+    assert idle == {"item", "user", "scenario"}
 
 
 class TheirAttention(nn.Module):
@@ -236,7 +301,8 @@ def test_an_existing_flax_model_is_made_personal_in_five_lines():
     [
         ({"length": 0}, "length is 0, must be at least 1"),
         ({"items": 0}, "items is 0, must be at least 1"),
-        ({"eta": 0.0}, r"eta is 0\.0, must be above 0"),
+        ({"eta": 0.0}, r"eta is 0\.0, must be above 0 and finite"),
+        ({"eta": np.inf}, r"eta is inf, must be above 0 and finite"),
         ({"domain_features": ()}, "domain_features is empty; the plug-in generates from at least one"),
         ({"interest": "dinn"}, "interest is 'dinn'"),
     ],
@@ -259,6 +325,75 @@ def test_bad_batches_are_named_and_hard_ones_are_defined():
     ads_jax.check(nobody, CONFIG)
     assert CONFIG.length % CONFIG.items != 0  # the oldest chunk is short in all tests here
     assert np.isfinite(apply(drawn(CONFIG), nobody, CONFIG)).all()
+
+
+def put(array, index, value):
+    array = array.copy()
+    array[index] = value
+    return array
+
+
+SCENARIO = np.arange(18, dtype=np.int32).reshape(6, 3) % 3
+
+
+@pytest.mark.parametrize("module", [ads_jax, ctr])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: {"target": {"item": put(asked().target["item"], (2, 1), 10**6)}},
+         r"target\['item'\]: id 1000000 at row 2, position 1 is outside \[0, 32\)"),
+        (lambda: {"target": BATCH.target}, r"target\['item'\]: shape \(6,\), must be \(6, C\) with at least one"),
+        (lambda: {"target": {"item": np.zeros((6, 0), np.int32)}}, r"target\['item'\]: shape \(6, 0\), must be"),
+        (lambda: {"target": {"item": np.zeros((5, 3), np.int32)}}, r"target\['item'\]: shape \(5, 3\), must be"),
+        (lambda: {"target": {}}, "target: no field is there"),
+        (lambda: {"user": {"user": SCENARIO}}, r"user\['user'\]: shape \(6, 3\), must be \(6,\)"),
+        (lambda: {"sequence": {"item": put(BATCH.sequence["item"], (1, 4), -1)}}, r"sequence\['item'\]: id -1 at row"),
+        ({"scenario": np.full(6, 99, np.int32)}, r"domain\['scenario'\]: id 99 at row 0 is outside \[0, 3\)"),
+        ({"scenario": put(SCENARIO, (4, 2), 3)}, r"domain\['scenario'\]: id 3 at row 4, position 2 is outside"),
+        ({"scenario": SCENARIO[:, :2]}, r"domain\['scenario'\]: shape \(6, 2\), must be \(6, 3\)"),
+        ({"active_days": np.full(6, np.nan, np.float32)}, r"domain\['active_days'\]: nan at row 0"),
+        ({"active_days": np.full((6, 3), np.inf, np.float32)}, r"domain\['active_days'\]: inf at row 0, position 0"),
+        (lambda: {"time": np.full((6, 6), np.nan)}, "time: nan at row 0, position 0"),
+        (lambda: {"mask": np.zeros((6, 0), bool)}, "at least one example and one slot"),
+    ],
+)  # fmt: skip
+def test_bad_requests_are_named(module, change, message):
+    bad = asked(**change) if isinstance(change, dict) else replace(asked(), **change())
+    with pytest.raises(ValueError, match=message):
+        module.check(bad, CONFIG, candidates=True)
+
+
+@pytest.mark.parametrize("module", [ads_jax, ctr])
+def test_good_requests_pass(module):
+    for request in (asked(), asked(scenario=SCENARIO), asked(active_days=np.ones((6, 3), np.float32))):
+        module.check(replace(request, label=None, weight=None), CONFIG, candidates=True)
+        with pytest.raises(ValueError, match=r"target\['item'\]: shape \(6, 3\), must be \(6,\)"):
+            module.check(request, CONFIG)
+    with pytest.raises(ValueError, match="chunk is 0, must be at least 1"):
+        module.score(drawn(CONFIG), asked(), CONFIG, chunk=0)
+
+
+def test_a_request_to_the_click_model_may_cross_fields_of_user_and_candidate():
+    config, batch = ctr.example(6)
+    target = {name: np.stack([x, x[::-1]], axis=1) for name, x in batch.target.items()}
+    request = replace(batch, target=target, label=None, weight=None)
+    hour, dense = batch.context["hour"], batch.dense
+    for change in ({}, {"context": {"hour": target["item"] % 24}}, {"dense": np.stack([dense, dense], axis=1)}):
+        ctr.check(replace(request, **change), config, candidates=True)
+    for change, message in (
+        ({"context": {"hour": put(hour, 3, 24)}}, r"context\['hour'\]: id 24 at row 3 is outside \[0, 24\)"),
+        ({"context": {"hour": np.stack([hour] * 3, axis=1)}}, r"context\['hour'\]: shape \(6, 3\), must be \(6, 2\)"),
+        ({"context": {}}, "context: field 'hour' is missing"),
+        (
+            {"target": {**target, "brand": target["brand"][:, :1]}},
+            r"target\['brand'\]: shape \(6, 1\), must be \(6, 2\)",
+        ),
+        ({"dense": np.stack([dense] * 3, axis=1)}, r"dense: shape \(6, 3, 3\), must be \(6, 2, 3\)"),
+        ({"dense": np.full((6, 2, 3), np.nan)}, "dense: nan at row 0, position 0, 0"),
+        ({"dense": None}, "dense: missing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ctr.check(replace(request, **change), config, candidates=True)
 
 
 def test_imp_is_the_gain_over_what_chance_leaves():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ads_jax import ADS, PCRG, PSRG, candidates
-from rec_core.interest import INTEREST
+from rec_core.interest import INTEREST, MultiHead
 
 B, T, D, DOMAIN = 3, 7, 4, 3
 OPTIONS = {
@@ -18,6 +18,7 @@ OPTIONS = {
     "sdim": {"bits": 1},
     "multi_head": {"heads": 2, "width": 2},  # so narrow that keys are made for a query of each behaviour
 }
+BROAD = "multi_head, broad"  # queries go to the space of the behaviours, and no keys are made
 PAPER = ("din", "multi_head", "can")
 
 
@@ -39,13 +40,29 @@ def drawn(params, seed=1):
     return jax.tree.unflatten(tree, [jnp.asarray(0.5 * draw.normal(size=x.shape), jnp.float32) for x in leaves])
 
 
+def unit(name):
+    return MultiHead(heads=2, width=16) if name == BROAD else INTEREST[name](**OPTIONS.get(name, {}))
+
+
 @functools.cache
 def build(name, items=1, fresh=False, **options):
-    module = ADS(INTEREST[name](**OPTIONS.get(name, {})), length=T, items=items, hidden=5, **options)
+    module = ADS(unit(name), length=T, items=items, hidden=5, **options)
     target, sequence, mask, domain, time = data()
     params = jax.jit(module.init)(jax.random.key(0), target, sequence, mask, domain, time=time)
     params = params if fresh else drawn(params)
     return module, params, jax.jit(lambda *a: module.apply(params, *a[:4], time=a[4]))
+
+
+def of_unit(params):
+    return {"params": params["params"].get("unit", {})}  # the mean has none
+
+
+def literal(module, params):
+    """Equations 2 to 7 themselves: the personal sequence, and queries repeated over their items, cut at the newest."""
+    target, sequence, _, domain, _ = data()
+    bound = module.bind(params)
+    queries = bound.pcrg(domain, target)  # [B, G, d], 0 the newest
+    return bound.psrg(domain, sequence), queries[:, (T - 1 - np.arange(T)) // module.items]
 
 
 def relu(x):
@@ -92,35 +109,48 @@ def test_equations_6_and_7_by_hand():
 def test_a_new_plugin_is_the_plain_attention(name):
     module, params, run = build(name, items=3, fresh=True)
     target, sequence, mask, _, time = data()
-    plain = module.unit.apply({"params": params["params"].get("unit", {})}, target, sequence, mask, time=time)
+    plain = module.unit.apply(of_unit(params), target, sequence, mask, time=time)
     np.testing.assert_allclose(run(*data()), plain, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_chunks_are_the_literal_queries_of_every_item(name):
-    """Against the formula itself: generated queries repeated over their chunk's items, cut at the newest."""
-    for items in (1, 3) if name == "multi_head" else (3,):
-        module, params, run = build(name, items=items)
-        target, sequence, mask, domain, time = data()
-        bound = module.bind(params)
-        queries = np.asarray(bound.pcrg(domain, target))  # [B, G, d], 0 the newest
-        literal = np.stack([queries[:, (T - 1 - t) // items] for t in range(T)], axis=1)
-        personal = bound.psrg(domain, sequence)
-        unit = {"params": params["params"]["unit"]}
-        wanted = module.unit.apply(unit, jnp.asarray(literal), personal, mask, time=time)
-        np.testing.assert_allclose(run(*data()), wanted, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(
+    ("name", "items"), [*((name, 3) for name in (*sorted(INTEREST), BROAD)), *((name, 1) for name in (*PAPER, BROAD))]
+)
+def test_chunks_are_the_literal_queries_of_every_item(name, items):
+    """Against the formula itself; chunks of one item are a query for each, G = T."""
+    module, params, run = build(name, items=items)
+    _, _, mask, _, time = data()
+    personal, queries = literal(module, params)
+    wanted = module.unit.apply(of_unit(params), queries, personal, mask, time=time)
+    np.testing.assert_allclose(run(*data()), wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("items", [1, 3])
-def test_what_multi_head_takes_over_has_the_gradients_of_the_literal_formula(items):
-    module, params, _ = build("multi_head", items=items)
+@pytest.mark.parametrize("name", ["multi_head", BROAD])
+def test_multi_head_is_tested_both_ways(name, items, monkeypatch):
+    taken = []
+    for way in ("_score_keys", "_score_behaviors"):
+        original = getattr(MultiHead, way)
+        monkeypatch.setattr(
+            MultiHead, way, lambda *a, way=way, original=original: taken.append((way, a[1].linear)) or original(*a)
+        )
+    module, params, _ = build(name, items=items)
+    jax.eval_shape(module.apply, params, *data()[:4])
+    ((way, linear),) = taken
+    assert way == ("_score_behaviors" if name == BROAD else "_score_keys") and linear is not None
+
+
+@pytest.mark.parametrize("items", [1, 3])
+@pytest.mark.parametrize("name", ["multi_head", BROAD])
+def test_what_multi_head_takes_over_has_the_gradients_of_the_literal_formula(name, items):
+    module, params, _ = build(name, items=items)
     target, sequence, mask, domain, _ = data()
 
-    def literal(params, target, sequence, domain):
+    def formula(params, target, sequence, domain):
         bound = module.bind(params)
         newest = (T - 1 - jnp.arange(T)) // items
         personal, queries = bound.psrg(domain, sequence), bound.pcrg(domain, target)[:, newest]
-        return module.unit.apply({"params": params["params"]["unit"]}, queries, personal, mask)
+        return module.unit.apply(of_unit(params), queries, personal, mask)
 
     def taken(params, target, sequence, domain):
         return module.apply(params, target, sequence, mask, domain)
@@ -129,7 +159,7 @@ def test_what_multi_head_takes_over_has_the_gradients_of_the_literal_formula(ite
         return jax.grad(lambda *a: jnp.sum(jnp.sin(function(*a))), (0, 1, 2, 3))(params, target, sequence, domain)
 
     run = jax.jit(gradients, static_argnums=0)
-    for wanted, got in zip(jax.tree.leaves(run(literal)), jax.tree.leaves(run(taken)), strict=True):
+    for wanted, got in zip(jax.tree.leaves(run(formula)), jax.tree.leaves(run(taken)), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-5)
 
 
@@ -149,7 +179,7 @@ def test_a_map_of_the_queries_may_be_left_to_pcrg():
         np.testing.assert_allclose(got, project(queries), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["din", "multi_head", "can", "dien"])
+@pytest.mark.parametrize("name", [*sorted(INTEREST), BROAD])
 def test_the_side_of_the_padding_and_more_of_it_change_nothing(name):
     _, _, run = build(name, items=3)
     target, sequence, mask, domain, time = data()
@@ -180,23 +210,54 @@ def test_candidates_of_a_request_get_the_numbers_of_each_alone(name):
         np.testing.assert_allclose(got[:, c], run(many[:, c], sequence, mask, domain, time), rtol=1e-4, atol=1e-5)
 
 
-def test_memory_stays_below_one_array_of_all_queries():
+@pytest.mark.parametrize("items", [10, 1])
+@pytest.mark.parametrize("name", PAPER)
+def test_memory_stays_below_one_array_of_all_queries(name, items):
     size, length, d = 500, 1000, 16
-    for name in PAPER:
-        module = ADS(INTEREST[name](**({"hidden": (16, 8)} if name == "din" else {})), length=length, items=10)
-        shapes = [(1, size, d), (1, length, d), (1, length), (1, 8)]
-        arrays = [jax.ShapeDtypeStruct(s, bool if i == 2 else jnp.float32) for i, s in enumerate(shapes)]
-        first = [jax.ShapeDtypeStruct((1, d), jnp.float32), *arrays[1:]]
-        params = jax.eval_shape(module.init, jax.random.key(0), *first)
-        compiled = jax.jit(functools.partial(candidates, module)).lower(params, *arrays).compile()
-        assert compiled.memory_analysis().temp_size_in_bytes < 4 * size * length * d, name
+    module = ADS(INTEREST[name](**({"hidden": (16, 8)} if name == "din" else {})), length=length, items=items)
+    shapes = [(1, size, d), (1, length, d), (1, length), (1, 8)]
+    arrays = [jax.ShapeDtypeStruct(s, bool if i == 2 else jnp.float32) for i, s in enumerate(shapes)]
+    first = [jax.ShapeDtypeStruct((1, d), jnp.float32), *arrays[1:]]
+    params = jax.eval_shape(module.init, jax.random.key(0), *first)
+    compiled = jax.jit(functools.partial(candidates, module)).lower(params, *arrays).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.7 * 4 * size * length * d
 
 
-def test_ablations_leave_their_half_out_and_gradients_reach_all_of_the_rest():
-    for options, missing in (({"sequence": False}, "psrg"), ({"candidate": False}, "pcrg")):
-        module, params, run = build("multi_head", items=3, **options)
-        assert missing not in params["params"] and len(params["params"]) == 2
-        assert (np.asarray(run(*data()))[0] != np.asarray(build("multi_head", items=3)[2](*data()))[0]).any()
+def test_fewer_candidates_are_read_at_a_time_where_each_has_many_queries():
+    target, sequence, mask, domain, _ = data()
+    many = jnp.stack([target] * 96, axis=1)
+    for options, wanted in (({"items": 1}, 4), ({"items": 3}, 12), ({"items": 1, "candidate": False}, 32)):
+        module, params, _ = build("din", **options)
+        assert module.at_a_time == wanted
+        program = jax.make_jaxpr(functools.partial(candidates, module))(params, many, sequence, mask, domain)
+        (loop,) = [found for found in program.eqns if found.primitive.name == "scan"]
+        assert loop.params["length"] == 96 // wanted
+    assert [ADS(MultiHead(), length=T, items=items).at_a_time for items in (8, 10, 90)] == [32, 32, 32]
+
+
+@pytest.mark.parametrize("name", [*PAPER, BROAD])
+def test_ablations_leave_their_half_out_and_the_rest_as_it_was(name):
+    """With the same parameters, of which none is zero."""
+    module, params, run = build(name, items=3)
+    target, sequence, mask, domain, time = data()
+    personal, queries = literal(module, params)
+    for left, wanted in (
+        ({"pcrg"}, (queries, sequence)),
+        ({"psrg"}, (target, personal)),
+        (set(), (target, sequence)),  # the attention alone
+    ):
+        ablation = module.copy(sequence="psrg" in left, candidate="pcrg" in left)
+        own = {"params": {part: params["params"][part] for part in ("unit", *left)}}
+        assert jax.tree.map(jnp.shape, own) == jax.tree.map(
+            jnp.shape, jax.eval_shape(ablation.init, jax.random.key(0), target, sequence, mask, domain)
+        )
+        got = np.asarray(jax.jit(ablation.apply)(own, target, sequence, mask, domain, time=time))
+        alone = module.unit.apply(of_unit(params), *wanted, mask, time=time)
+        np.testing.assert_allclose(got, alone, rtol=1e-4, atol=1e-5)
+        assert np.abs(got - run(*data()))[:2].max(axis=1).min() > 1e-3  # all but the row without behaviours
+
+
+def test_gradients_reach_all_parameters():
     module, params, _ = build("multi_head", items=3)
     target, sequence, mask, domain, time = data()
 
@@ -207,9 +268,72 @@ def test_ablations_leave_their_half_out_and_gradients_reach_all_of_the_rest():
     assert all((np.asarray(g) != 0).any() for g in jax.tree.leaves(gradients))
 
 
-def test_impossible_settings_and_sequences_are_refused():
-    target, sequence, mask, domain, _ = data()
-    with pytest.raises(ValueError, match="the sequence has 7 slots, length is 5; raise it"):
-        ADS(INTEREST["din"](), length=5).init(jax.random.key(0), target, sequence, mask, domain)
-    with pytest.raises(ValueError, match="length is 7 and items 0; both must be at least 1"):
-        ADS(INTEREST["din"](), length=7, items=0).init(jax.random.key(0), target, sequence, mask, domain)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"length": 5}, "the sequence has 7 slots, length is 5; raise it"),
+        ({"items": 0}, "length is 7 and items 0; both must be at least 1"),
+        ({"hidden": 0}, "PSRG: hidden is 0, must be at least 1"),
+        ({"hidden": 0, "sequence": False}, "PCRG: hidden is 0, must be at least 1"),
+        ({"eta": 0.0}, r"PSRG: eta is 0\.0, must be above 0 and finite"),
+        ({"eta": -1.0}, r"eta is -1\.0"),
+        ({"eta": float("nan")}, "eta is nan"),
+        ({"eta": float("inf")}, "eta is inf"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ADS(unit("din"), **{"length": T, **settings}).init(jax.random.key(0), *data()[:4])
+    with pytest.raises(ValueError, match="PCRG: chunks is 0, must be at least 1"):
+        PCRG(chunks=0).init(jax.random.key(0), jnp.zeros((B, DOMAIN)), jnp.zeros((B, D)))
+
+
+BAD = [  # what is cut or repeated, and the message
+    ({"mask": lambda x: x[:, :-1]}, r"ADS: mask has shape \(3, 6\), must be \[3, 7\] to go with the sequence"),
+    ({"mask": lambda x: x[:, 0]}, r"mask has shape \(3,\), must be \[3, 7\]"),
+    ({"time": lambda x: x[:1]}, r"time has shape \(1, 7\), must be \[3, 7\]"),
+    ({"domain": lambda x: x[:1]}, r"domain has shape \(1, 3\), must be \[3, d_D\], d_D at least 1"),
+    ({"domain": lambda x: x[:, :0]}, r"domain has shape \(3, 0\), must be \[3, d_D\], d_D at least 1"),
+    ({"domain": lambda x: x[0]}, r"domain has shape \(3,\), must be \[3, d_D\]"),
+    ({"sequence": lambda x: x[0]}, r"sequence has shape \(7, 4\), must be \[B, T, d_S\], B, T, d_S at least 1"),
+    (
+        {"sequence": lambda x: x[:, :0], "mask": lambda x: x[:, :0], "time": lambda x: x[:, :0]},
+        r"sequence has shape \(3, 0, 4\), must be \[B, T, d_S\], B, T, d_S at least 1",
+    ),
+]
+BAD_TARGET = [
+    (lambda x: x[:1], r"target has shape \(1, 4\), must be \[3, d_Q\], d_Q at least 1"),
+    (lambda x: jnp.repeat(x[:, None], T, axis=1), r"target has shape \(3, 7, 4\), must be \[3, d_Q\]"),
+]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_arrays_that_do_not_go_together_are_named(name):
+    module, params, _ = build(name, items=3)
+    good = dict(zip(("target", "sequence", "mask", "domain", "time"), data(), strict=True))
+
+    def call(target, sequence, mask, domain, time):
+        return module.apply(params, target, sequence, mask, domain, time=time)
+
+    def request(target, sequence, mask, domain, time, chunk=None):
+        return candidates(module, params, target, sequence, mask, domain, time=time, chunk=chunk)
+
+    many = good | {"target": good["target"][:, None]}
+    for function, given in ((call, good), (request, many)):
+        jax.eval_shape(function, **given)
+        for change, message in BAD:
+            with pytest.raises(ValueError, match=message):
+                jax.eval_shape(function, **given | {key: cut(given[key]) for key, cut in change.items()})
+    encoded = module.apply(params, *data()[1:4], method="encode")
+    for cut, message in BAD_TARGET:
+        with pytest.raises(ValueError, match=message):
+            call(**good | {"target": cut(good["target"])})
+        with pytest.raises(ValueError, match=message):
+            module.apply(params, encoded, cut(good["target"]), good["domain"], method="read")
+    with pytest.raises(ValueError, match=r"ADS: domain has shape \(1, 3\)"):
+        module.apply(params, encoded, good["target"], good["domain"][:1], method="read")
+    for targets in (good["target"], many["target"][:1], many["target"][:, :0]):
+        with pytest.raises(ValueError, match=r"targets has shape .*, must be \[3, C, d_Q\], C, d_Q at least 1"):
+            request(**many | {"target": targets})
+    with pytest.raises(ValueError, match="chunk is 0, must be at least 1"):
+        request(**many, chunk=0)

@@ -119,6 +119,7 @@ def test_lazy_adam_leaves_untouched_rows_where_dense_adam_moves_them() -> None:
     step, train = jnp.int32(0), TrainConfig(steps=9, clip=None, decay="constant", sparse_tables=True, weight_decay=0.1)
     dense = dataclasses.replace(train, sparse_tables=False)
     states = {t: (params, optimizers.init_optimizer(params, t)) for t in (train, dense)}
+    moments = []
     for i, row in enumerate((1, 3)):
         gradient = jnp.zeros((5, 2)).at[row].set(2.0)
         for t in (train, dense):
@@ -129,6 +130,11 @@ def test_lazy_adam_leaves_untouched_rows_where_dense_adam_moves_them() -> None:
                 table = optimizers.Rows(ids, jnp.zeros((3, 2)).at[0].set(2.0))
             gradients = {"tables": {"item": table}, "net": {"kernel": jnp.zeros((2, 2))}}
             states[t] = optimizers.update(now, gradients, state, t, step=step + i)
+        moments.append(jax.device_get(states[train][1]["tables"]["item"]))
+    for part, first in moments[0].items():
+        assert (first[1] != 0).all()
+        np.testing.assert_array_equal(moments[1][part][[0, 1, 2, 4]], first[[0, 1, 2, 4]])
+        assert (moments[1][part][3] != first[3]).all()
     lazy, whole = (np.asarray(states[t][0]["tables"]["item"]) for t in (train, dense))
     np.testing.assert_array_equal(lazy[[0, 2, 4]], 1)
     np.testing.assert_array_equal(whole[[0, 2, 4]], 1)

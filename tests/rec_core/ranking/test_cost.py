@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from rec_core.ranking import ctr
-from rec_core.ranking.cost import compiler_flops, flops, parameters
+from rec_core.ranking.cost import compiler_flops, flops, gate_flops, parameters
+from rec_core.ranking.gates import EPNet, FRNet, PPNet
 from rec_core.ranking.networks import NETWORKS, Inputs
 
 B, D, F, K, D_D = 64, 256, 8, 32, 64
@@ -42,6 +43,32 @@ def test_operations_agree_with_the_compiler(case):
     assert 0 <= compiled / counted - 1 <= TOLERANCE, compiled / counted
 
 
+GATES = {
+    "frnet": (FRNet(), (shape(B, F, K),)),
+    "narrow frnet": (FRNet(attention=8, hidden=128), (shape(B, 2 * F, K),)),
+    "epnet": (EPNet(hidden=64), (shape(B, D), shape(B, D_D))),
+    "ppnet": (PPNet(**COMMON), (shape(B, D), shape(B, 2 * K))),
+    "wide ppnet": (PPNet((256,), tasks=3, gate_hidden=64), (shape(B, D), shape(B, 2 * K))),
+}
+
+
+@pytest.mark.parametrize("case", GATES)
+def test_operations_of_a_gate_agree_with_the_compiler(case):
+    gate, inputs = GATES[case]
+    params = jax.eval_shape(gate.init, jax.random.key(0), *inputs)
+    compiled = compiler_flops(gate.apply, params, *inputs) / B
+    assert 0 <= compiled / gate_flops(gate, *inputs) - 1 <= TOLERANCE, compiled / gate_flops(gate, *inputs)
+
+
+def test_operations_of_gates_by_hand():
+    # Each of FRNet's two units: queries, keys, values and back; scores and what they mix; the bit-level MLP.
+    unit = 3 * (4 * 2) * 4 + 2 * 3 * 3 * 4 + (3 * 2 * 5 + 5 * 2)
+    assert FRNet(attention=4, hidden=5).flops(F=3, k=2) == 2 * 2 * unit
+    assert EPNet(hidden=5).flops(D=4, d_D=3) == 2 * (7 * 5 + 5 * 4)
+    gates, towers = 2 * 6 * 5 + 5 * 2 * 4 + 5 * 2 * 3, 2 * (4 * 3 + 3 * 1)
+    assert PPNet((3,), tasks=2, gate_hidden=5).flops(D=4, d_P=2) == 2 * (gates + towers)
+
+
 def test_operations_of_an_mlp_by_hand():
     network = NETWORKS["dnn"]((4, 3), tasks=2)
     assert network.flops(5) == 2 * (5 * 4 + 4 * 3 + 3 * 2)
@@ -56,3 +83,21 @@ def test_parameters_are_counted_by_group():
     assert count["tables"] == 4 * (20 + 4 + 30 + 16 + 24 + 16)
     assert sum(count.values()) == sum(leaf.size for leaf in jax.tree.leaves(params))
     assert parameters({"params": {"kernel": shape(3, 4), "bias": shape(4)}}) == {"tables": 0, "rest": 16}
+
+
+@pytest.mark.parametrize(
+    ("case", "count"),
+    [
+        ("frnet", 2 * (4 * K * 16 + (F * K + 1) * 64 + 65 * K + 2)),  # two units; 2: the slope of each PReLU
+        ("epnet", (D + D_D + 1) * 64 + 65 * D),
+        # Of each layer its gate, and of each of two tasks a linear layer and Dice, then the logit.
+        (
+            "ppnet",
+            3 * (D + 2 * K + 1) * 32 + 33 * 2 * (D + 256 + 128) + 2 * ((D + 2) * 256 + (256 + 2) * 128 + 129),
+        ),
+    ],
+)
+def test_parameters_of_a_gate_by_hand(case, count):
+    gate, inputs = GATES[case]
+    params = jax.eval_shape(gate.init, jax.random.key(0), *inputs)
+    assert parameters(params["params"]) == {"tables": 0, "rest": count}
