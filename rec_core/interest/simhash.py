@@ -28,7 +28,7 @@ class SimHash(nn.Module):
         signs = jnp.einsum("...d,drb->...rb", x, directions, precision="highest") > 0
         spare = -self.bits % _WORD
         signs = jnp.pad(signs, [(0, 0)] * (signs.ndim - 1) + [(0, spare)])
-        words = signs.reshape(*signs.shape[:-1], -1, _WORD).astype(jnp.uint32)
+        words = signs.reshape(*signs.shape[:-1], signs.shape[-1] // _WORD, _WORD).astype(jnp.uint32)
         return jnp.sum(words << jnp.arange(_WORD, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
 
 

@@ -48,6 +48,7 @@ def test_every_member_has_the_face(name):
     out = run(target, sequence, mask, time)
     assert out.shape[0] == B and out.ndim == 2 and out.dtype == jnp.float32 and np.abs(out[0]).max() > 0
     np.testing.assert_array_equal(out[2], 0)  # padding only
+    np.testing.assert_array_equal(run(target, *(x[:, :0] for x in (sequence, mask, time))), 0)  # no slots at all
     # One query per item, all the same, is the shared query, whatever stands at padding.
     repeated = np.where(mask[..., None], target[:, None], np.nan).astype(np.float32)
     np.testing.assert_allclose(run(repeated, sequence, mask, time), out, rtol=1e-5, atol=1e-6)
