@@ -19,7 +19,7 @@ runs of one epoch and of three, and takes the best of either by validation AUC; 
 chosen by validation AUC too. CAN has the mean of the behaviours beside it, since a co-action unit tells only what
 target and behaviours are together. The test period is scored once, by the final runs that were taken. MovieLens-1M
 names no domains: the candidate's category (its first genre) serves, as the paper has it on Taobao's data. All data are
-split by time, in tenths (eight, one, one); nothing is left out. The paper's protocol on Taobao (seven days against the
+split by time, in tenths (eight, one, one), without filters. The paper's protocol on Taobao (seven days against the
 rest; users of 200 interactions and 10 positives, items of 10 interactions) would leave 96 of the 929 users of our
 slice, and 1,173 of its 94,475 events.
 
