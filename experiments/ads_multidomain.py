@@ -40,7 +40,7 @@ import numpy as np
 
 from experiments import figures, report, results, statistics
 from experiments.ads_multidomain_models import ATTENTIONS, QUICK, AdsMultidomain, train_all
-from experiments.ads_multidomain_rows import compared_in, dial_of, measure, over_seeds, summarize
+from experiments.ads_multidomain_rows import compared_in, dial_of, measure, summarize
 from experiments.datasets import Data, load, make_world
 from experiments.progress import table
 from experiments.results import Row
@@ -77,21 +77,14 @@ def run(config: AdsMultidomain) -> results.Result | None:
 
 
 def _joined(paths: Sequence[Path]) -> results.Result:
-    """The results as one, with `over_seeds` where a result of before has none.
-
-    Raises ValueError where two have the same data, or one is of another experiment.
-    """
+    """The results as one. Raises ValueError where two have the same data, or one is of another experiment."""
     joined, known = results.join(paths, "ads_multidomain"), dict[Any, Path]()
     for path in paths:
         for data in dict.fromkeys(row["data"] for row in results.read(path).rows):
             if data in known:
                 raise ValueError(f"joined: {data!r} is in {known[data]} and in {path}; give one of them")
             known[data] = path
-    rows = list(joined.rows)
-    for data in known:
-        own = [row for row in rows if row["data"] == data]
-        rows += [] if any("interval" in row for row in own) else over_seeds(own)
-    return replace(joined, rows=tuple(rows))
+    return joined
 
 
 def world_name(dial: float, users: int = AdsMultidomain.users) -> str:

@@ -89,13 +89,8 @@ def measure(done: Outcome, config: AdsMultidomain) -> list[Row]:
     for found in of_models:
         rows += found
     for key, (a, b) in pairs.items():
-        values = {"auc_difference": differences[a, b]}
-        if auc.get(a, 0) > 0.5:  # below, Imp is not defined
-            values["imp"] = imp_of(differences[a, b], auc[a])
         row: Row = {"data": data.name, "comparison": key, "model": b, "base": a, "samples": len(label)}
-        for name, value in values.items():
-            row |= {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
-        rows.append(row)
+        rows.append(row | _gained(differences[a, b], auc.get(a, 0)))
     return [*rows, *over_seeds(rows)]
 
 
@@ -112,14 +107,19 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
         if base == name or base not in auc or len(own) < 2:
             continue
         difference = statistics.across_seeds(np.subtract(own, auc[base]))
-        values, mean = {"auc_difference": difference}, float(np.mean(auc[base]))
-        if mean > 0.5:  # below, Imp is not defined
-            values["imp"] = imp_of(difference, mean)
         row = {"data": rows[0]["data"], "model": name, "base": base, "interval": difference.method}
-        for key, value in values.items():
-            row |= {key: value.mean, f"{key}_low": value.low, f"{key}_high": value.high}
-        found.append(row)
+        found.append(row | _gained(difference, float(np.mean(auc[base]))))
     return found
+
+
+def _gained(difference: Interval, base: float) -> Row:
+    """Columns of a difference of AUC over a base, and of Imp, which is not defined over an AUC of .5 or less."""
+    values = {"auc_difference": difference} | ({"imp": imp_of(difference, base)} if base > 0.5 else {})
+    return {
+        f"{name}{end}": number
+        for name, value in values.items()
+        for end, number in (("", value.mean), ("_low", value.low), ("_high", value.high))
+    }
 
 
 def _for_all(name: str) -> str:
@@ -137,7 +137,7 @@ def _model_rows(done: Outcome, name: str) -> list[Row]:
         for i, ((net, tables), value) in enumerate(zip(tuned.rates.tolist(), tuned.trials.tolist(), strict=True))
     ]
     tried += [
-        {"data": data.name, "model": name, "trial": f"{number:g} epochs", "valid_auc": value}
+        {"data": data.name, "model": name, "epochs": number, "valid_auc": value}
         for number, value in zip(tuned.epochs.tolist(), tuned.lengths.tolist(), strict=True)
     ]
     seeds: list[Row] = [shared | {"seed": i, "test_auc": value} for i, value in enumerate(auc)]

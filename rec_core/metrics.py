@@ -48,26 +48,12 @@ def gauc(users: np.ndarray, labels: np.ndarray, scores: np.ndarray, weights: np.
 
     ValueError where no user has both classes.
     """
-    labels, scores, weights = _columns(labels, scores, weights)
-    _, user = np.unique(np.asarray(users), return_inverse=True)
-    if user.shape != labels.shape:
-        raise ValueError(f"users has shape {user.shape}, labels {labels.shape}")
-    order = np.lexsort((scores, user))
-    user, labels, scores, weights = user[order], labels[order], scores[order], weights[order]
-    tie = np.flatnonzero(np.r_[True, (scores[1:] != scores[:-1]) | (user[1:] != user[:-1])])
-    positive, negative = np.add.reduceat(weights * labels, tie), np.add.reduceat(weights * (1 - labels), tie)
-    owner = user[tie]
-    positives, negatives = np.bincount(owner, positive), np.bincount(owner, negative)
-    below = np.cumsum(negative) - negative
-    first = np.flatnonzero(np.r_[True, owner[1:] != owner[:-1]])
-    below = below - below[first][owner]  # negatives of this user with a lower score
-    right = np.bincount(owner, positive * (below + negative / 2))
-    both = (positives > 0) & (negatives > 0)
-    impressions = positives + negatives
+    _, value, impressions = _by_group("users", users, labels, scores, weights)
+    both = np.isfinite(value)
     if not both.any():
         raise ValueError(f"GAUC: none of {both.size} users has both clicked and unclicked impressions")
-    value = np.average(right[both] / (positives * negatives)[both], weights=impressions[both])
-    return GroupedAuc(float(value), int(both.sum()), int((~both).sum()), float(impressions[~both].sum()))
+    mean = np.average(value[both], weights=impressions[both])
+    return GroupedAuc(float(mean), int(both.sum()), int((~both).sum()), float(impressions[~both].sum()))
 
 
 def auc_by_group(groups: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> dict[Any, tuple[float, int]]:
@@ -78,19 +64,9 @@ def auc_by_group(groups: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> 
     Args:
       groups: `[n]`, of any kind that sorts. labels, scores: as for `auc`.
     """
-    labels, scores, _ = _columns(labels, scores, None)
-    groups = np.asarray(groups)
-    if groups.shape != labels.shape:
-        raise ValueError(f"groups has shape {groups.shape}, labels {labels.shape}")
-    order = np.argsort(groups, kind="stable")
-    names, first = np.unique(groups[order], return_index=True)
-    parts = np.split(order, first[1:])
-    found: dict[Any, tuple[float, int]] = {}
-    for i in sorted(range(len(names)), key=lambda i: -len(parts[i])):
-        own = parts[i]
-        if 0 < labels[own].mean() < 1:
-            found[names[i].item()] = auc(labels[own], scores[own]), len(own)
-    return found
+    names, value, impressions = _by_group("groups", groups, labels, scores, None)
+    largest = np.argsort(-impressions, kind="stable")
+    return {names[i].item(): (float(value[i]), int(impressions[i])) for i in largest if np.isfinite(value[i])}
 
 
 def imp(auc: float, base: float) -> float:
@@ -351,6 +327,29 @@ def _chunks(
         return scores, ids, candidate
 
     return score, jnp.arange(0, count, chunk, dtype=jnp.int32)
+
+
+def _by_group(
+    name: str, groups: np.ndarray, labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The groups, in order; AUC within each, NaN where a class is missing; and impressions, by weight."""
+    labels, scores, weights = _columns(labels, scores, weights)
+    names, group = np.unique(np.asarray(groups), return_inverse=True)
+    if group.shape != labels.shape:
+        raise ValueError(f"{name} has shape {group.shape}, labels {labels.shape}")
+    order = np.lexsort((scores, group))
+    group, labels, scores, weights = group[order], labels[order], scores[order], weights[order]
+    tie = np.flatnonzero(np.r_[True, (scores[1:] != scores[:-1]) | (group[1:] != group[:-1])])
+    positive, negative = np.add.reduceat(weights * labels, tie), np.add.reduceat(weights * (1 - labels), tie)
+    owner = group[tie]
+    positives, negatives = np.bincount(owner, positive), np.bincount(owner, negative)
+    below = np.cumsum(negative) - negative
+    first = np.flatnonzero(np.r_[True, owner[1:] != owner[:-1]])
+    below = below - below[first][owner]  # negatives of this group with a lower score
+    right = np.bincount(owner, positive * (below + negative / 2))
+    both = (positives > 0) & (negatives > 0)
+    value = np.divide(right, positives * negatives, out=np.full(len(names), np.nan), where=both)
+    return names, value, positives + negatives
 
 
 def _pairs(positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:

@@ -13,7 +13,7 @@ tests/rec_core/test_interest_can_gpu.py compares the two, NOTES.md has times and
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -89,24 +89,46 @@ def summed(
       induction: weights and biases, each of T / G neighbouring behaviours; G divides T. Products are of its dtype.
       tuning: default `DEFAULT`, with several groups `GROUPED`.
     """
-    read = partial(_read, hidden, orders, tuning or (DEFAULT if induction.shape[1] == 1 else GROUPED))
-    return on_each_device(read, sequence, mask, induction)
+    kernels = Kernels(_blocks, _forward_kernel, _backward_kernel)
+    tuning = tuning or (DEFAULT if induction.shape[1] == 1 else GROUPED)
+    return on_each_device(partial(read, kernels, hidden, orders, tuning), sequence, mask, induction)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _read(
-    hidden: tuple[int, ...], orders: int, tuning: Tuning, sequence: Array, mask: Array, induction: Array
-) -> Array:
-    return _forward(hidden, orders, tuning, sequence, mask, induction)[0]
+class Kernels(NamedTuple):
+    """A way of reading: its kernels, and what they are told (`Units`, or what has its `columns` and `groups`)."""
+
+    blocks: Callable[[Shape, tuple[int, ...], int, Array, Array], Any]
+    forward: Callable[..., None]
+    backward: Callable[..., None]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def read(
+    kernels: Kernels,
+    hidden: tuple[int, ...],
+    orders: int,
+    tuning: Tuning,
+    sequence: Float[Array, "B T d"],
+    mask: Bool[Array, "B T"],
+    induction: Float[Array, "B G size"],
+) -> Float[Array, "B d_out"]:
+    """`summed` of one device's examples by these kernels, with their gradient."""
+    return _forward(kernels, hidden, orders, tuning, sequence, mask, induction)[0]
 
 
 def _forward(
-    hidden: tuple[int, ...], orders: int, tuning: Tuning, sequence: Array, mask: Array, induction: Array
+    kernels: Kernels,
+    hidden: tuple[int, ...],
+    orders: int,
+    tuning: Tuning,
+    sequence: Array,
+    mask: Array,
+    induction: Array,
 ) -> tuple[Array, Any]:
     given = sequence, mask, induction
-    blocks = _blocks(tuning.forward, hidden, orders, sequence, induction)
+    blocks = kernels.blocks(tuning.forward, hidden, orders, sequence, induction)
     made = [((len(sequence), orders, columns), jnp.float32) for columns in blocks.columns]
-    found = call(partial(_forward_kernel, blocks), given, made, tuning.forward, tuning.interpret)
+    found = call(partial(kernels.forward, blocks), given, made, tuning.forward, tuning.interpret)
     sums = [
         x[..., : blocks.groups * units].reshape(len(x), orders, blocks.groups, units).sum(2)
         for x, units in zip(found, hidden, strict=True)
@@ -114,16 +136,18 @@ def _forward(
     return jnp.concatenate(sums, axis=-1).reshape(len(sequence), -1), given
 
 
-def _backward(hidden: tuple[int, ...], orders: int, tuning: Tuning, given: Any, gradient: Array) -> Any:
+def _backward(
+    kernels: Kernels, hidden: tuple[int, ...], orders: int, tuning: Tuning, given: Any, gradient: Array
+) -> Any:
     sequence, _, induction = given
-    blocks = _blocks(tuning.backward, hidden, orders, sequence, induction)
+    blocks = kernels.blocks(tuning.backward, hidden, orders, sequence, induction)
     given = (*given, gradient.reshape(len(gradient), orders, -1))
     made = [(x.shape, x.dtype) for x in (sequence, induction)]
-    of_sequence, of_induction = call(partial(_backward_kernel, blocks), given, made, tuning.backward, tuning.interpret)
+    of_sequence, of_induction = call(partial(kernels.backward, blocks), given, made, tuning.backward, tuning.interpret)
     return of_sequence, None, of_induction
 
 
-_read.defvjp(_forward, _backward)
+read.defvjp(_forward, _backward)
 
 
 def _blocks(shape: Shape, hidden: tuple[int, ...], orders: int, sequence: Array, induction: Array) -> Units:

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rec_core.interest.triton_gpu import Shape, Tuning, call, loop, on_each_device, power_of_2, serves, triton
+from rec_core.interest import can_gpu
+from rec_core.interest.triton_gpu import Shape, Tuning, loop, on_each_device, power_of_2, serves, triton
 
 LARGEST = 512  # entries of the first layer's matrix, which a program's registers hold for each row; not timed above
 DEFAULT = Tuning(Shape(8, 2), Shape(8, 2))
@@ -29,6 +30,16 @@ class Unit(NamedTuple):
     orders: int
     length: int
     rows: int
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """By layer."""
+        return self.hidden
+
+    @property
+    def groups(self) -> int:
+        """Whose sums are apart."""
+        return 1
 
 
 def runs(dtype: str, shape: tuple[int, ...], induction: tuple[int, ...], hidden: Sequence[int]) -> bool:
@@ -48,36 +59,12 @@ def summed(
     tuning: Tuning | None = None,
 ) -> Float[Array, "B d_out"]:
     """As `can_gpu.summed`; tuning: default `DEFAULT`."""
-    return on_each_device(partial(_read, hidden, orders, tuning or DEFAULT), sequence, mask, induction)
+    kernels = can_gpu.Kernels(_blocks, _forward_kernel, _backward_kernel)
+    return on_each_device(partial(can_gpu.read, kernels, hidden, orders, tuning or DEFAULT), sequence, mask, induction)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _read(
-    hidden: tuple[int, ...], orders: int, tuning: Tuning, sequence: Array, mask: Array, induction: Array
-) -> Array:
-    return _forward(hidden, orders, tuning, sequence, mask, induction)[0]
-
-
-def _forward(
-    hidden: tuple[int, ...], orders: int, tuning: Tuning, sequence: Array, mask: Array, induction: Array
-) -> tuple[Array, Any]:
-    given = sequence, mask, induction
-    unit = Unit(hidden, orders, sequence.shape[1], tuning.forward.block)
-    made = [((len(sequence), orders, units), jnp.float32) for units in hidden]
-    found = call(partial(_forward_kernel, unit), given, made, tuning.forward, tuning.interpret)
-    return jnp.concatenate(found, axis=-1).reshape(len(sequence), -1), given
-
-
-def _backward(hidden: tuple[int, ...], orders: int, tuning: Tuning, given: Any, gradient: Array) -> Any:
-    sequence, _, induction = given
-    unit = Unit(hidden, orders, sequence.shape[1], tuning.backward.block)
-    given = (*given, gradient.reshape(len(gradient), orders, -1))
-    made = [(x.shape, x.dtype) for x in (sequence, induction)]
-    of_sequence, of_induction = call(partial(_backward_kernel, unit), given, made, tuning.backward, tuning.interpret)
-    return of_sequence, None, of_induction
-
-
-_read.defvjp(_forward, _backward)
+def _blocks(shape: Shape, hidden: tuple[int, ...], orders: int, sequence: Array, induction: Array) -> Unit:
+    return Unit(hidden, orders, sequence.shape[1], shape.block)
 
 
 def _forward_kernel(unit: Unit, sequence: Any, mask: Any, induction: Any, *sums: Any) -> None:

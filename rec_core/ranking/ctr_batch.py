@@ -96,11 +96,9 @@ def _check_fields(where: str, specs: tuple[Feature, ...], batch: Batch, asked: t
 
 def _check_shape_of(where: str, name: str, batch: Batch, asked: tuple[int, ...]) -> None:
     # [B]; for candidates [B, C] of the target, and either of the context.
-    shape, one = np.shape(batch.fields[name]), asked[:1]
-    if name in batch.context:
-        check_shape(where, batch.fields[name], asked if len(shape) == len(asked) else one)
-    else:
-        check_shape(where, batch.fields[name], asked if name in batch.target else one)
+    field = batch.fields[name]
+    each = name in batch.target or (name in batch.context and np.ndim(field) == len(asked))
+    check_shape(where, field, asked if each else asked[:1])
 
 
 def example(batch_size: int = 8, seed: int = 0) -> tuple[Config, Batch]:
