@@ -213,7 +213,7 @@ def measure_devices(
             continue
         row |= timing.summary(ms[name], None) | program.counts()
         if base in ms:
-            row["speedup"] = float(np.median(size / ms[name] * ms[base] / programs[base][2]))
+            row["speedup"] = float(np.median(ms[base] / ms[name])) * size / programs[base][2]
         rows.append(row)
     return rows, ms
 
