@@ -18,6 +18,7 @@ from experiments.readme_sections import (
     machine,
     missing,
     prose,
+    seeds,
     table,
     verdict,
 )
@@ -44,6 +45,8 @@ def multidomain(result: Result) -> str:
             within = f[f"{zero}_low"] >= -0.0005 and f[f"{zero}_high"] <= 0.0005
             at_zero.append(f"over {base} is {interval(f, zero)} (goal: within 0.0005 of zero, {verdict(within)})")
     there = f"Where the world's domains do not differ (0), ADS {', and '.join(at_zero)}: means over all attentions, "
+    number = {name: seeds(result, name) for name, _ in compared}
+    more = [f"{n} in the {data_name(name)}" for name, n in number.items() if n != len(result.seeds)]
     others = {
         data_name(row["data"]): f"on {row['measured_on']} by `{row['command']}` (commit {row['commit'][:12]})"
         for row in rows
@@ -51,12 +54,13 @@ def multidomain(result: Result) -> str:
     }
     return joined(
         prose(
-            f"ADS on three attentions ({device(result)} seeds; test AUC, {PAIRED}), against the rival on the same "
-            "attention that is best in validation, against the attention alone (which is ADS without both generators), "
-            "and against ADS with ones in the domain's place, which has the same capacity. Imp is relative to the "
-            "base's AUC above 0.5. Published on other data (Taobao; Imp or AUC, it is not said), over the second best: "
-            "DIN +0.47 %, MHA +0.20 %, CAN +0.20 %. Our slice of Taobao has 929 users; of the paper's protocol it has "
-            "neither the split (seven days, the rest) nor the filters, which would leave 96 of them:"
+            f"ADS on three attentions ({device(result)} seeds{', '.join(['', *more])}; test AUC, {PAIRED}), against "
+            "the rival on the same attention that is best in validation, against the attention alone (which is ADS "
+            "without both generators), and against ADS with ones in the domain's place, which has the same capacity. "
+            "Imp is relative to the base's AUC above 0.5. Published on other data (Taobao; Imp or AUC, it is not "
+            "said), over the second best: DIN +0.47 %, MHA +0.20 %, CAN +0.20 %. Our slice of Taobao has 929 users; "
+            "of the paper's protocol it has neither the split (seven days, the rest) nor the filters, which would "
+            "leave 96 of them:"
         ),
         table([*heading, "over ADS without the domain, AUC"], lines),
         prose(f"{there}of the data with most test samples." if at_zero else ""),

@@ -43,12 +43,18 @@ TITLES = {
 }
 
 
-def machine(result: Result) -> str:
-    """Number and kind of the devices; where runs are kept, of those that trained them."""
-    trained = sorted({str(row["device"]) for row in result.rows if row.get("device")})
+def machine(result: Result, data: str = "") -> str:
+    """Number and kind of the devices; where runs are kept, of those that trained them (on `data`)."""
+    of = [row for row in result.rows if not data or row.get("data") == data]
+    trained = sorted({str(row["device"]) for row in of if row.get("device")})
     if trained:
         return " and ".join(trained)
     return f"{result.device.get('count', 1)} x {result.device.get('kind')}"
+
+
+def seeds(result: Result, data: str) -> int:
+    """How many seeds were trained on `data`; of the whole result where rows do not say."""
+    return len({row["seed"] for row in result.rows if "seed" in row and row.get("data") == data}) or len(result.seeds)
 
 
 def device(result: Result) -> str:

@@ -51,10 +51,11 @@ def path_of(claim):
 def test_a_claim_says_what_was_measured_where(tmp_path):
     rows = [{"data": "world", "difference": "a - b", "mean": -0.02, "low": -0.03, "high": -0.01}]
     rows.append({"what": "devices", "measured_on": "2 x H"})
+    rows += [{"data": "joined", "device": "H", "seed": seed} for seed in (5, 6)]
     found = {"faster": 1.25, "gain": 3.0, "gain_low": -1.0, "gain_high": 7.0}
     result = written(tmp_path, "ads_cost", rows, found)
     claim = partial(readme_summary.Claim, "ADS", "ads_cost", "what")
-    on, file = "1 x NVIDIA H100 80GB HBM3, 3 seeds", "`ads_cost.json`"
+    on, file = "H, 3 seeds", "`ads_cost.json`"
     assert claim("faster", 1, at_least=1.3, part="devices").line(result) == [
         "ADS", "what", "1.2", "1.3: missed", "2 x H, 3 seeds", file,
     ]  # fmt: skip
@@ -66,6 +67,8 @@ def test_a_claim_says_what_was_measured_where(tmp_path):
     assert claim(("world", "a - b"), published="+1").line(result) == [
         "ADS", "what", "-0.0200 [-0.0300, -0.0100] (lost)", "published +1", on, file,
     ]  # fmt: skip
+    assert claim("faster", 1, data="joined").line(result)[4] == "H, 2 seeds"
+    assert claim("faster", 1, data="world").line(result)[4] == "1 x NVIDIA H100 80GB HBM3, 3 seeds"
     assert claim(("ml-1m", "a - b")).line(result) is None and claim("slower").line(result) is None
 
 
