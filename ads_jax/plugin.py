@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from ads_jax.order import newest_last
 from ads_jax.pcrg import PCRG
 from ads_jax.psrg import PSRG
+from rec_core.chunks import map_chunks
 from rec_core.interest import Interest
 from rec_core.interest.base import Behaviors, per_item
 
@@ -189,21 +190,19 @@ def candidates(
         `[B, C, T, d_Q]` array is made: for one request of 500 candidates, 1,000 behaviours and DIN, multi-head
         attention or CAN, 16 wide, the peak of temporaries (XLA's, for a CPU) is .10 to .66 of such an array, with
         chunks of 10 behaviours and unchunked. The .66, multi-head attention unchunked, are matrices of PCRG's, as large
-        for any C; where `chunk` does not divide C they are there twice (1.05 for 501 candidates).
+        for any C.
 
     Raises:
       ValueError: as for `ADS`, or `chunk` is below 1.
     """
     chunk = module.at_a_time if chunk is None else chunk
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}, must be at least 1")
     encoded: Any = module.apply(params, sequence, mask, domain, time=time, method="encode")
     _check("targets", targets, (len(encoded.mask), "C", "d_Q"))
 
     def one(target: Array) -> Any:
         return module.apply(params, encoded, target, domain, method="read")
 
-    return jax.lax.map(one, targets.swapaxes(0, 1), batch_size=min(chunk, targets.shape[1])).swapaxes(0, 1)
+    return map_chunks(one, targets.swapaxes(0, 1), chunk).swapaxes(0, 1)
 
 
 def _check(name: str, array: Array, shape: tuple[int | str, ...]) -> None:

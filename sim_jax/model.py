@@ -24,6 +24,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from rec_core import embedding, losses
+from rec_core.chunks import map_chunks
 from rec_core.embedding import Feature
 from rec_core.interest import INTEREST
 from rec_core.ranking.ctr import Head, click_sums
@@ -282,9 +283,8 @@ def score(params: Any, request: Request, config: Config, *, chunk: int = 128) ->
     own = {"target": dict(request.target), "place": request.place, "context": dict(request.context)}
     if config.dense:
         own["dense"] = request.dense
-    logits = jax.lax.map(
-        lambda part: one(replace(request, **part)), jax.tree.map(per_candidate, own), batch_size=min(chunk, shape[1])
-    ).swapaxes(0, 1)
+    each = jax.tree.map(per_candidate, own)
+    logits: Array = map_chunks(lambda part: one(replace(request, **part)), each, chunk).swapaxes(0, 1)
     return logits[..., 0] if config.tasks == 1 else logits
 
 

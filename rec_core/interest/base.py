@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rec_core import losses
+from rec_core.chunks import map_chunks
 
 _HOUR, _DAY = 3600.0, 86_400.0
 AGES = (
@@ -90,15 +91,13 @@ def candidates(
     """
     if targets.ndim not in (3, 4):
         raise ValueError(f"targets has shape {targets.shape}, must be [B, C, d] or [B, C, G, d]")
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}, must be at least 1")
     check_shapes(targets[:, 0], sequence, mask, time)
     encoded = module.apply(params, sequence, mask, time=time, method="encode")
 
     def one(target: Array) -> Any:
         return module.apply(params, encoded, target, method="read")
 
-    return jax.lax.map(one, targets.swapaxes(0, 1), batch_size=min(chunk, targets.shape[1])).swapaxes(0, 1)
+    return map_chunks(one, targets.swapaxes(0, 1), chunk).swapaxes(0, 1)
 
 
 def masked_softmax(score: Float[Array, "... T"], mask: Bool[Array, "... T"]) -> Float[Array, "... T"]:

@@ -23,6 +23,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from rec_core import embedding, losses
+from rec_core.chunks import map_chunks
 from rec_core.embedding import Feature
 from rec_core.interest.average import mean_of
 from rec_core.ranking.ctr_batch import Batch, check, example
@@ -182,8 +183,6 @@ def score(params: Any, batch: Batch, config: Config, *, chunk: int = 32) -> Floa
     shape = jnp.shape(next(iter(batch.target.values())))
     if len(shape) != 2:
         raise ValueError(f"score takes targets [B, C], got {shape}; for one target an example use apply")
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}, must be at least 1")
 
     def per_candidate(x: Any) -> Array:  # [B] or [B, C] to [C, B]
         x = jnp.asarray(x)
@@ -211,7 +210,7 @@ def score(params: Any, batch: Batch, config: Config, *, chunk: int = 32) -> Floa
         "context": {name: per_candidate(x) for name, x in batch.context.items()},
         "dense": dense,
     }
-    logits: Array = jax.lax.map(one, candidates, batch_size=min(chunk, shape[1])).swapaxes(0, 1)
+    logits: Array = map_chunks(one, candidates, chunk).swapaxes(0, 1)
     return logits[..., 0] if config.tasks == 1 else logits
 
 

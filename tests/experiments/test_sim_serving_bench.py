@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import results, sim_serving
+from experiments import results, sim_serving, sim_serving_device
 from experiments.sim_serving import SimServing
 from rec_core.store import StoreError, open_store
 from sim_jax.tree import BehaviorTree
@@ -87,3 +87,23 @@ def test_a_redis_server_is_started_with_a_password_and_ends(tmp_path):
 def test_settings_that_cannot_be_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         SimServing(**change)
+
+
+def test_figures_of_the_device_are_those_of_its_rows(monkeypatch):
+    tiny = sim_serving_device.Sizes((1000,), 4, 2, 3, (4, 2), 4, 24, 32, 1, 2, 4, 4, "din")
+    monkeypatch.setattr(sim_serving_device, "QUICK", tiny)
+    rows, figures = sim_serving_device.device_part(quick=True)
+    ranked, steps = rows[:2], rows[2:]
+    assert [row["behaviors"] for row in ranked] == [1000, 1000] and len(steps) == 3 * 2 + 2
+    assert all(row["lookup_p99_ms"] > 0 and 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"] for row in ranked)
+    for name, row in {"rank_p99_ms_1k": ranked[0], "rank_p99_ms_dien_1k": ranked[1]}.items():
+        assert figures[name] == row["p99_ms"]
+    full, tree, soft = (
+        f"training step, {name}"
+        for name in ("DIN over the full length", "SIM, search by the tree on the device", "SIM, soft search over all")
+    )
+    ms = {(row["what"], row["behaviors"], row["batch"]): row["ms"] for row in steps}
+    assert figures["train_speedup_10k"] == ms[full, 24, 4] / ms[tree, 24, 4]
+    assert figures["train_speedup_10k_soft"] == ms[full, 24, 4] / ms[soft, 24, 4]
+    assert figures["train_speedup_10k_batch_2"] == ms[full, 24, 2] / ms[tree, 24, 2]
+    assert figures["train_step_ms_54k"] == ms[tree, 32, 4] and figures["train_step_ms_54k_soft"] == ms[soft, 32, 4]
