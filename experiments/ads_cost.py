@@ -86,6 +86,8 @@ class AdsCost:
         for name in ("devices", "candidates", "at_a_time", "steps", "repeats", "requests", "limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if self.parts == ("devices",) and self.devices < 2 and not self.joined:
+            raise ValueError(f"devices is {self.devices}, and parts asks for nothing else; give 2 or more")
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"lengths is {self.lengths}; give at least one, of 1 behaviour or more")
 

@@ -28,7 +28,7 @@ class AdsMultidomain:
 
     Attributes:
       out: folder for report.html, result.json, the prepared data, and what is done already.
-      quick: a run of seconds that only shows that everything works.
+      quick: a run of a minute or two that only shows that everything works.
       only: names of models (`MODELS`); none for all.
       report: whether there is one; without it, models are trained and kept.
       joined: results of other machines, each on some of the data: nothing is trained, the first one gets the rows of

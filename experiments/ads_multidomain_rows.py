@@ -30,25 +30,25 @@ def gain(done: Outcome, a: str, b: str, resamples: int) -> Callable[[], Interval
 
 
 def imp_of(difference: Interval, base: float) -> Interval:
-    """A difference of AUC over a base as Imp, in %; the base's own spread is not part of the interval."""
+    """A difference of AUC over a base above .5 as Imp, in %; the base's own spread is not part of the interval.
 
-    def imp(x: float) -> float:
-        return metrics.imp(base + x, base)
-
-    low, high = imp(difference.low), imp(difference.high)
-    per_seed = tuple(map(imp, difference.per_seed))
-    return replace(difference, mean=imp(difference.mean), low=low, high=high, per_seed=per_seed)
+    `metrics.imp` of base and difference, whose interval may reach further than AUCs do.
+    """
+    scale = 100 / (base - 0.5)
+    per_seed = tuple(scale * x for x in difference.per_seed)
+    low, high = scale * difference.low, scale * difference.high
+    return replace(difference, mean=scale * difference.mean, low=low, high=high, per_seed=per_seed)
 
 
 def best_rival(done: Outcome, attention: str) -> str | None:
-    """The rival on this attention with the best validation AUC; None where none was trained."""
-    there = [name for name in rivals(attention) if name in done.tuned]
-    return max(there, key=done.valid_auc.__getitem__) if there else None
+    """The rival on this attention with the best validation AUC; None where not all of them were trained."""
+    all_of = rivals(attention)
+    return max(all_of, key=done.valid_auc.__getitem__) if done.tuned.keys() >= set(all_of) else None
 
 
 def domain_rows(done: Outcome, name: str) -> list[Row]:
-    """AUC within the largest domains that have both classes, means over seeds; and the mean over all domains, weighted
-    by impressions (domain "all")."""
+    """AUC within the largest domains that have both classes, means over seeds; and the mean over all of them, weighted
+    by impressions (domain "all"; its samples are those of the test period, left out are domains of one class)."""
     data, logits = done.data, done.tuned[name].test
     label, domain = data.label[data.test], data.domain[data.test]
     by_seed = [metrics.auc_by_group(domain, label, row) for row in logits]
@@ -56,8 +56,9 @@ def domain_rows(done: Outcome, name: str) -> list[Row]:
         {"domain": str(value), "auc": float(np.mean([found[value][0] for found in by_seed])), "samples": samples}
         for value, (_, samples) in list(by_seed[0].items())[:SHOWN_DOMAINS]
     ]
-    grouped = np.mean([metrics.gauc(domain, label, row).value for row in logits])
-    rows.append({"domain": "all", "auc": float(grouped), "samples": len(label)})
+    grouped = [metrics.gauc(domain, label, row) for row in logits]
+    whole = {"samples": len(label), "samples_left_out": int(grouped[0].impressions_left_out)}
+    rows.append({"domain": "all", "auc": float(np.mean([found.value for found in grouped])), **whole})
     return [{"data": data.name, "model": name, **row} for row in rows]
 
 

@@ -5,7 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.readme_sections import (
+    AT_ZERO,
+    CHUNK10_PCT,
     PAIRED,
+    TWO_GPUS,
+    UNCHUNKED_PCT,
     Values,
     command,
     data_name,
@@ -42,8 +46,8 @@ def multidomain(result: Result) -> str:
     f, at_zero = result.figures, []
     for name, base in (("domain_dial", "the attention alone"), ("over_constant_domain", "ADS without the domain")):
         if (zero := f"gain_at_zero_{name}") in f:
-            within = f[f"{zero}_low"] >= -0.0005 and f[f"{zero}_high"] <= 0.0005
-            at_zero.append(f"over {base} is {interval(f, zero)} (goal: within 0.0005 of zero, {verdict(within)})")
+            within = f[f"{zero}_low"] >= -AT_ZERO and f[f"{zero}_high"] <= AT_ZERO
+            at_zero.append(f"over {base} is {interval(f, zero)} (goal: within {AT_ZERO} of zero, {verdict(within)})")
     there = f"Where the world's domains do not differ (0), ADS {', and '.join(at_zero)}: means over all attentions, "
     number = {name: seeds(result, name) for name, _ in compared}
     more = [f"{n} in the {data_name(name)}" for name, n in number.items() if n != len(result.seeds)]
@@ -171,9 +175,12 @@ def ads_cost(result: Result) -> str:
     place = next((f" at {line[1]} behaviours" for line in lines if line[0] == "MHA"), "")
     goals = []
     if (x := f.get("overhead_chunk10_pct")) is not None:
-        goals.append(f"{x:+.1f} % of a step in chunks of 10 (goal: the published +3.6 or less, {verdict(x <= 3.6)})")
+        goals.append(
+            f"{x:+.1f} % of a step in chunks of 10 (goal: the published {CHUNK10_PCT:+g} or less, "
+            f"{verdict(x <= CHUNK10_PCT)})"
+        )
     if (x := f.get("overhead_full_pct")) is not None:
-        goals.append(f"{x:+.1f} % unchunked (goal: +15 or less, {verdict(x <= 15)})")
+        goals.append(f"{x:+.1f} % unchunked (goal: {UNCHUNKED_PCT:+g} or less, {verdict(x <= UNCHUNKED_PCT)})")
     if (x := f.get("din_overhead_chunk10_pct")) is not None and (y := f.get("din_overhead_full_pct")) is not None:
         goals.append(f"around DIN {x:+.1f} and {y:+.1f} %")
     if (x := f.get("can_overhead_chunk10_pct")) is not None and (y := f.get("can_overhead_full_pct")) is not None:
@@ -181,7 +188,8 @@ def ads_cost(result: Result) -> str:
     if (x := f.get("two_gpu_speedup")) is not None:
         two = next((f" ({row['measured_on']})" for row in rows if "measured_on" in row), "")
         goals.append(
-            f"{x:.2f} times one GPU's speed by two{two} with a batch each (goal: 1.9 or more, {verdict(x >= 1.9)})"
+            f"{x:.2f} times one GPU's speed by two{two} with a batch each (goal: {TWO_GPUS} or more, "
+            f"{verdict(x >= TWO_GPUS)})"
         )
     if (x := f.get("two_gpu_speedup_fixed_global")) is not None:
         goals.append(f"{x:.2f} times by two that share a batch")

@@ -14,6 +14,9 @@ from experiments.results import Result
 
 type Values = Mapping[str, Any]
 
+# The goals of ADS: % more of a step in chunks of 10 (published) and unchunked; two GPUs over one; and how far from zero
+# the whole interval of a gain may reach where domains do not differ.
+CHUNK10_PCT, UNCHUNKED_PCT, TWO_GPUS, AT_ZERO = 3.6, 15.0, 1.9, 0.0005
 PAIRED = "paired, 95 % intervals by bootstrap over users and seeds"
 # BAHE (arXiv 2403.19347): length -> setting -> GPU hours and GB of LLM-CTR over those of the setting.
 PUBLISHED_COST = {

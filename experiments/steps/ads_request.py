@@ -1,5 +1,6 @@
 """A request's candidates scored: latency from ids on the host to scores on the host, and the compiler's memory."""
 
+import itertools
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -13,6 +14,7 @@ from experiments.steps import ads_scale, timing
 from experiments.steps.ads_scale import Sizes
 from experiments.steps.ads_step import Variant
 from experiments.steps.timing import GIB, Program
+from rec_core import embedding
 from rec_core.sharding import make_mesh
 
 _DIFFERENT = 16  # requests that are asked in turn
@@ -46,10 +48,10 @@ def measure_requests(
         own, tables = ads_scale.split_state(state)
         params[variant.name] = {**own.params, "tables": tables[0]}
     jax.block_until_ready(params)
-    calls = iter(range(len(programs) * (requests + 1 + _WARM)))
+    queues = {variant: itertools.cycle(asked) for variant in programs}
 
     def run(variant: Variant) -> float:
-        request = asked[next(calls) // len(programs) % _DIFFERENT]
+        request = next(queues[variant])
         began = time.perf_counter()
         scores = np.asarray(programs[variant].call(params[variant.name], request))
         ms = 1000 * (time.perf_counter() - began)
@@ -60,7 +62,8 @@ def measure_requests(
     there = {variant.name: partial(run, variant) for variant, program in programs.items() if program.call is not None}
     ms, failed = timing.in_turn(there, requests + _WARM)
     ms = {name: found[_WARM:] for name, found in ms.items()}
-    literal = candidates * first.length * sizes.behavior * np.dtype(jax.numpy.dtype(sizes.dtype)).itemsize / GIB
+    query = embedding.width(config.query_features or config.item_features)
+    literal = candidates * first.length * query * np.dtype(jax.numpy.dtype(sizes.dtype)).itemsize / GIB
     rows = []
     for variant, program in programs.items():
         row = variant.row("request") | {"candidates": candidates}

@@ -19,7 +19,7 @@ from rec_core import embedding, training
 from rec_core.embedding import Categorical, Continuous, Hashed
 from rec_core.interest.can import parameters
 from rec_core.ranking import ctr
-from rec_core.sharding import put_batch, shardings
+from rec_core.sharding import shardings
 from rec_core.training import State, TrainConfig
 
 # Only the rows that a batch reads move; the rate is small, since what is timed must stay finite. Of a batch's items, as
@@ -193,7 +193,3 @@ def join_state(own: State, tables: Any) -> State:
     """The state that `split_state` took apart."""
     params, moments = tables
     return replace(own, params={**own.params, "tables": params}, opt_state={**own.opt_state, "tables": moments})
-
-
-def on_device(batch: ctr.Batch, mesh: Mesh) -> Any:
-    return put_batch(batch, mesh)

@@ -19,7 +19,7 @@ from experiments.steps.ads_scale import TRAIN, Sizes
 from experiments.steps.timing import Program
 from rec_core import embedding, losses, optimizers, training
 from rec_core.ranking import ctr
-from rec_core.sharding import make_mesh
+from rec_core.sharding import make_mesh, put_batch
 
 CYCLE = 4  # batches that lie on the device
 
@@ -112,7 +112,7 @@ def measure_whole(
     """
     first, mesh = next(iter(programs)), make_mesh()
     made = [ads_scale.make_batch(sizes, first.length, seed=i) for i in range(min(CYCLE, steps))]
-    batches = [ads_scale.on_device(batch, mesh) for batch in made]
+    batches = [put_batch(batch, mesh) for batch in made]
     own: dict[Variant, Any] = {}
     shared: list[Any] = []
 
@@ -194,7 +194,7 @@ def measure_devices(
     batches: dict[str, list[Any]] = {}
     for name, (_, devices, size) in programs.items():
         made = [ads_scale.make_batch(sizes, variant.length, batch=size, seed=i) for i in range(min(CYCLE, steps))]
-        batches[name] = [ads_scale.on_device(batch, make_mesh(devices)) for batch in made]
+        batches[name] = [put_batch(batch, make_mesh(devices)) for batch in made]
 
     def run(name: str) -> float:
         program, devices, _ = programs[name]

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from ads_jax import ADS, PCRG, PSRG, candidates
+from ads_jax import ADS, PCRG, PSRG, Around, candidates
 from rec_core.interest import INTEREST, MultiHead
 
 B, T, D, DOMAIN = 3, 7, 4, 3
@@ -337,3 +338,31 @@ def test_arrays_that_do_not_go_together_are_named(name):
             request(**many | {"target": targets})
     with pytest.raises(ValueError, match="chunk is 0, must be at least 1"):
         request(**many, chunk=0)
+
+
+class TheirAttention(nn.Module):
+    """A model of somebody else's: it asks each behaviour for itself."""
+
+    @nn.compact
+    def __call__(self, query, history, mask):
+        read = nn.Dense(6)(jnp.concatenate([query, history, query * history], axis=-1))
+        score = jnp.where(mask, nn.Dense(1)(nn.relu(read))[..., 0], -1e9)
+        return jnp.einsum("bt,btd->bd", jax.nn.softmax(score), history)
+
+
+def test_an_existing_flax_model_is_made_personal_in_five_lines():
+    draw = np.random.default_rng(0)
+    item, history = draw.normal(size=(4, 5)), draw.normal(size=(4, 7, 5))
+    mask, domain = np.arange(7) >= np.array([0, 2, 6, 3])[:, None], draw.normal(size=(4, 3))
+
+    personal = ADS(Around(TheirAttention()), length=7, items=3)
+    params = personal.init(jax.random.key(0), item, history, mask, domain)
+    interest = personal.apply(params, item, history, mask, domain)
+
+    theirs = {"params": params["params"]["unit"]["attention"]}
+    everywhere = np.broadcast_to(item[:, None], history.shape)
+    plain = TheirAttention().apply(theirs, everywhere, np.where(mask[..., None], history, 0), mask)
+    np.testing.assert_allclose(interest, plain, rtol=1e-5, atol=1e-6)  # as long as nothing was learned
+    learned = jax.tree.map(lambda x: x + 0.1, params)
+    changed = [np.asarray(personal.apply(learned, item, history, mask, sign * domain)) for sign in (1, -1)]
+    assert np.abs(changed[0] - changed[1]).max(axis=1).min() > 1e-3

@@ -12,7 +12,7 @@ from experiments.ads_cost import AdsCost
 from experiments.steps import ads_scale, ads_step, timing
 from experiments.steps.ads_step import Variant
 from experiments.steps.timing import Program
-from rec_core.sharding import make_mesh
+from rec_core.sharding import make_mesh, put_batch
 
 FIGURES = {"overhead_chunk10_pct", "dense_overhead_chunk10_pct", "memory_overhead_chunk10_pct", "step_ms_chunk10"}
 
@@ -81,7 +81,7 @@ def test_a_step_moves_the_touched_rows_and_the_net(programs):
     module.check(host, config)
     state = ads_scale.make_state(module, config, make_mesh())
     before = jax.tree.map(np.array, state.params)
-    state, ms = ads_step.timed_steps(programs[variant], state, [ads_scale.on_device(host, make_mesh())], 2)
+    state, ms = ads_step.timed_steps(programs[variant], state, [put_batch(host, make_mesh())], 2)
     assert ms > 0 and int(state.step) == 2
     touched = np.unique(module.touched(host, config)["item"])
     moved = (np.asarray(state.params["tables"]["item"]) != before["tables"]["item"]).any(axis=1)
@@ -94,15 +94,16 @@ def test_a_step_moves_the_touched_rows_and_the_net(programs):
 def test_devices_are_compared_by_examples_a_second(programs):
     variant = Variant("MHA", 20, 10)
     batch = ads_scale.TINY.batch
+    two = timing.compiled(partial(ads_step.lower_whole, ads_scale.TINY, variant, make_mesh(2), 2 * batch))
     cases = {
         "one device": (programs[variant], 1, batch),
-        "fixed batch a device": (Program(None, "out of the device's memory: x"), 2, 2 * batch),
-        "again": (programs[variant], 1, batch),
+        "fixed batch a device": (two, 2, 2 * batch),
+        "fixed global batch": (Program(None, "out of the device's memory: x"), 2, batch),
     }
     rows, ms = ads_step.measure_devices(ads_scale.TINY, variant, cases, steps=1, repeats=2)
     assert [row["case"] for row in rows] == list(cases) and rows[0]["speedup"] == 1
-    assert rows[1]["reason"] == "out of the device's memory: x" and rows[1]["batch"] == 2 * batch
-    assert rows[2]["speedup"] == pytest.approx(np.median(ms["one device"] / ms["again"]))
+    assert rows[1]["speedup"] == pytest.approx(2 * np.median(ms["one device"] / ms["fixed batch a device"]))
+    assert rows[2]["reason"] == "out of the device's memory: x" and rows[2]["batch"] == batch
 
 
 def test_what_is_left_out_says_so_and_figures_are_of_whole_cases_only():

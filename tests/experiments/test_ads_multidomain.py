@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from experiments import ads_multidomain, ads_multidomain_rows, results, statistics
-from experiments.ads_multidomain_models import ATTENTIONS, MODELS, QUICK, AdsMultidomain, model_config, rivals
+from experiments.ads_multidomain_models import ATTENTIONS, MODELS, QUICK, AdsMultidomain, Outcome, model_config, rivals
 from experiments.datasets import make_world
 from experiments.steps import multidomain
 from experiments.steps.problem import make_problem
-from rec_core import training
+from rec_core import metrics, training
 from rec_core.ranking import ctr
 
 SETTINGS = AdsMultidomain(**QUICK | {"quick": True, "users": 30, "train_samples": 256, "test_samples": 100})
@@ -130,6 +130,18 @@ def test_imp_keeps_its_sign_and_zero():
     imp = ads_multidomain_rows.imp_of(difference, 0.7)
     assert imp.mean == pytest.approx(100 * 0.02 / 0.2) and imp.low < 0 < imp.high and imp.contains_zero
     assert imp.per_seed == pytest.approx((5.0, 15.0))
+    assert imp.mean == pytest.approx(metrics.imp(0.72, 0.7))
+    wide = ads_multidomain_rows.imp_of(statistics.across_seeds(np.array([-0.02, 0.06])), 0.6)
+    assert wide.high > 100 * (1 - 0.6) / 0.1, "two seeds' interval reaches beyond an AUC of 1"
+
+
+def test_the_best_rival_is_the_best_in_validation_of_all():
+    done = Outcome(data=None, tuned=dict.fromkeys([*rivals("MHA"), "DIN"]))
+    for best in rivals("MHA"):
+        done.valid_auc.update({name: 0.6 + 0.1 * (name == best) for name in rivals("MHA")} | {"DIN": 0.9})
+        assert ads_multidomain_rows.best_rival(done, "MHA") == best
+    del done.tuned[rivals("MHA")[-1]]
+    assert ads_multidomain_rows.best_rival(done, "MHA") is None, "one was not trained"
 
 
 NOISE = {"MHA": 0.4, "MHA + FRNet": 0.3, "DIN + ADS without PCRG": 0.3}  # others .5, those with ADS .1

@@ -67,6 +67,8 @@ def test_a_claim_says_what_was_measured_where(tmp_path):
     assert claim(("world", "a - b"), published="+1").line(result) == [
         "ADS", "what", "-0.0200 [-0.0300, -0.0100] (lost)", "published +1", on, file,
     ]  # fmt: skip
+    alone = written(tmp_path, "ads_cost", [{"what": "devices"}], found)  # of one machine, joined to nothing
+    assert claim("faster", 1, part="devices").line(alone)[4] == "1 x NVIDIA H100 80GB HBM3, 3 seeds"
     assert claim("faster", 1, data="joined").line(result)[4] == "H, 2 seeds"
     assert claim("faster", 1, data="world").line(result)[4] == "1 x NVIDIA H100 80GB HBM3, 3 seeds"
     assert claim(("ml-1m", "a - b")).line(result) is None and claim("slower").line(result) is None

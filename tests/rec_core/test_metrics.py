@@ -217,3 +217,16 @@ def test_hit_rate_ndcg_and_recall_by_hand():
     relevant = jnp.array([[9, 4, 4, 7], [3, -1, -1, -1], [-1, -1, -1, -1]])
     np.testing.assert_allclose(metrics.recall(ids, relevant, 3), (2 / 3 + 1, 2), rtol=1e-6)
     np.testing.assert_allclose(metrics.recall(ids, relevant, 2), (1 / 3, 2), rtol=1e-6)
+
+
+def test_imp_is_the_gain_over_what_chance_leaves():
+    assert metrics.imp(0.75, 0.75) == 0
+    assert metrics.imp(0.66, 0.65) == pytest.approx(100 * 0.01 / 0.15)
+    assert metrics.imp(0.5, 0.75) == -100
+    for auc, base, message in (
+        (0.7, 0.5, "base is 0.5, must be above"),
+        (1.2, 0.7, "auc is 1.2"),
+        (np.nan, 0.7, "nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metrics.imp(auc, base)

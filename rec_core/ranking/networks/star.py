@@ -5,7 +5,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from rec_core.interest.base import check_positive
-from rec_core.ranking.networks.base import Inputs, Network, activate, dense_flops, last, mlp, take_domain
+from rec_core.ranking.networks.base import Inputs, Network, activate, dense_flops, take_domain
+from rec_core.ranking.networks.dnn import DNN
 
 
 class STAR(Network):
@@ -45,8 +46,8 @@ class STAR(Network):
             h = activate(self._layer(h, own, units, f"mlp_{i}"), i, self.dropout, self.dtype, deterministic)
         main = self._layer(h.astype(jnp.float32), own, self.tasks, "logit")
         together = jnp.concatenate([jnp.asarray(inputs.domain), inputs.x], axis=-1)
-        auxiliary = Auxiliary(self.auxiliary, self.tasks, self.dropout, self.dtype, name="auxiliary")
-        return main + auxiliary(together, deterministic)
+        auxiliary = DNN(self.auxiliary, self.tasks, self.dropout, self.dtype, name="auxiliary")
+        return main + auxiliary(Inputs(together, None), deterministic)
 
     def _layer(self, h: Float[Array, "B n"], own: Array, units: int, name: str) -> Float[Array, "B units"]:
         n = h.shape[-1]
@@ -61,16 +62,3 @@ class STAR(Network):
     def flops(self, D: int, F: int = 0, k: int = 0, d_D: int = 0) -> int:
         main = dense_flops(D, *self.hidden, self.tasks)
         return self.domains * main + dense_flops(d_D + D, *self.auxiliary, self.tasks)
-
-
-class Auxiliary(nn.Module):
-    """The MLP beside the star, a module of its own for the sake of its parameters' names."""
-
-    hidden: tuple[int, ...]
-    tasks: int
-    dropout: float
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B n"], deterministic: bool) -> Float[Array, "B tasks"]:
-        return last(mlp(x, self.hidden, self.dropout, self.dtype, deterministic), self.tasks)
