@@ -95,7 +95,7 @@ def score(params: Any, batch: Batch, config: Config, *, chunk: int | None = None
       ValueError: targets are not `[B, C]`, `chunk` is below 1, or as `apply` does.
     """
     chunk = config.make_interest().at_a_time if chunk is None else chunk
-    return ctr.score(params, *_arranged(batch, config), chunk=chunk)
+    return ctr.score(params, *_arranged(batch, config, candidates=True), chunk=chunk)
 
 
 def touched(batch: Batch, config: Config) -> dict[str, Int[Array, " n"]]:
@@ -116,7 +116,8 @@ def check(batch: Batch, config: Config, *, candidates: bool = False) -> None:
     """
     slots = check_mask("mask", batch.mask)[1]
     if config.arranged:
-        wrong = np.flatnonzero((batch.mask[:, :-1] > batch.mask[:, 1:]).any(axis=1))
+        mask = np.asarray(batch.mask)
+        wrong = np.flatnonzero((mask[:, :-1] > mask[:, 1:]).any(axis=1))
         if len(wrong):
             raise ValueError(
                 f"mask: padding after a behaviour at row {wrong[0]}, and config.arranged is True; put padding first, "
@@ -127,10 +128,11 @@ def check(batch: Batch, config: Config, *, candidates: bool = False) -> None:
     ctr.check(batch, config, candidates=candidates)
 
 
-def _arranged(batch: Batch, config: Config) -> tuple[Batch, Config]:
+def _arranged(batch: Batch, config: Config, *, candidates: bool = False) -> tuple[Batch, Config]:
     """The padding first: as ids, which are a small part of the vectors and have no gradient."""
     if config.arranged:
         return batch, config
+    ctr.check_shapes(batch, config, candidates=candidates)
     mask = jnp.asarray(batch.mask)
     sequence, time, mask = newest_last(mask, (dict(batch.sequence), batch.time, mask))
     return replace(batch, sequence=sequence, time=time, mask=mask), replace(config, arranged=True)

@@ -63,6 +63,10 @@ class ADS(nn.Module):
     def setup(self) -> None:
         if self.length < 1 or self.items < 1:
             raise ValueError(f"ADS: length is {self.length} and items {self.items}; both must be at least 1")
+        if not (isinstance(self.unit, nn.Module) and hasattr(self.unit, "encode") and hasattr(self.unit, "read")):
+            raise ValueError(
+                f"ADS: unit is {self.unit!r}, must be a member of rec_core.interest, or ads_jax.Around an attention"
+            )
         if self.sequence:
             self.psrg = PSRG(self.hidden, self.eta, self.dtype)
         if self.candidate:
@@ -153,6 +157,10 @@ class ADS(nn.Module):
 
 class Around(Interest):
     """An attention of somebody else's as a member of the interest family, so that `ADS` can stand around it.
+
+    It is given the slots as `ADS` arranges them: padding first, the newest behaviour last, their number a multiple of
+    `ADS.items`. One that reads a slot's index, or divides by the number of slots, sees that; one that weighs the
+    unmasked behaviours does not.
 
     Attributes:
       attention: a Flax module, called with the queries `[B, T, d_Q]`, one for each behaviour (`[B, d_Q]`, one for all,

@@ -24,6 +24,7 @@ from experiments.ads_multidomain_models import QUICK as WORLD_QUICK
 from experiments.ads_multidomain_models import AdsMultidomain, model_config
 from experiments.datasets import make_world
 from experiments.results import Row
+from experiments.settings import in_small
 from experiments.statistics import Interval
 from experiments.steps import ads_scale, ads_step, multidomain, timing
 from experiments.steps.ads_scale import Sizes
@@ -86,7 +87,8 @@ QUICK: dict[str, Any] = {
 def run(config: AdsChunks) -> results.Result:
     """Compiles, times, then trains; prints the tables, writes the result and the report."""
     if config.quick:
-        config = AdsChunks(**(vars(config) | QUICK))
+        config = in_small(config, QUICK)
+    results.make_folder(config.out)
     started = results.begin()
     rows = measure_cost(config)
     _write(config, started, rows, {})
@@ -95,15 +97,14 @@ def run(config: AdsChunks) -> results.Result:
     tuned = train_all(config, data, world)
     intervals: dict[str, Interval] = {}
     labels, users = data.label[data.test], data.user[data.test]
-    resamples = WORLD_QUICK["resamples"] if config.quick else world.resamples
     alone = tuned[config.variants[0].name]
     for variant in config.variants:
         found = tuned[variant.name]
-        shared = variant.row("AUC") | {"items": variant.items, **found.best}
+        shared = variant.row("AUC") | {"length": world.length, "items": variant.items, **found.best}
         rows += [shared | {"seed": i, "test_auc": metrics.auc(labels, x)} for i, x in enumerate(found.test)]
         if variant.items is not None:
             intervals[variant.name] = statistics.auc_difference(
-                labels, alone.test, found.test, users, resamples=resamples
+                labels, alone.test, found.test, users, resamples=world.resamples
             )
     outcome = _write(config, started, rows, intervals)
     report.write(config.out / "report.html", page(config, outcome, intervals, len(labels)))

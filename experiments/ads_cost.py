@@ -30,6 +30,7 @@ import jax
 
 from experiments import figures, progress, report, results
 from experiments.results import Row
+from experiments.settings import check_joined, in_small
 from experiments.steps import ads_request, ads_scale, ads_step, timing
 from experiments.steps.ads_scale import Sizes
 from experiments.steps.ads_step import Variant
@@ -58,8 +59,8 @@ class AdsCost:
       candidates: of a request. at_a_time: candidates that are read at a time.
       steps: of a measurement. repeats: measurements. requests: whose latency is taken.
       limit: seconds after which no other measurement begins; what is left out says so.
-      joined: results of other machines: nothing is measured, the first one gets the rows and figures of the others
-        (`results.join`).
+      joined: results of other machines, each of other cases: nothing is measured, the first one gets the rows and
+        figures of the others (`results.join`).
       quick: sizes of a test.
       out: folder for result.json, written after every measurement, and report.html.
     """
@@ -74,7 +75,7 @@ class AdsCost:
     repeats: int = 7
     requests: int = 500
     limit: float = 500.0
-    joined: tuple[Path, ...] = ()
+    joined: tuple[Path, ...] | None = None
     quick: bool = False
     out: Path = Path("runs/ads_cost")
 
@@ -84,8 +85,9 @@ class AdsCost:
             if unknown or not getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}; give some of {known}")
         for name in ("devices", "candidates", "at_a_time", "steps", "repeats", "requests", "limit"):
-            if getattr(self, name) < 1:
+            if not getattr(self, name) >= 1:  # nor is nan
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+        check_joined(self.joined)
         if self.parts == ("devices",) and self.devices < 2 and not self.joined:
             raise ValueError(f"devices is {self.devices}, and parts asks for nothing else; give 2 or more")
         if not self.lengths or min(self.lengths) < 1:
@@ -128,7 +130,7 @@ class _Measured:
         self.write()
 
     def write(self) -> results.Result:
-        self.found = summarize(self.rows, self.config)
+        self.found = summarize(self.rows, small=self.config.quick)
         outcome = results.record("ads_cost", started=self.started, seeds=[0], rows=self.rows, figures=self.found)
         results.write(self.config.out / "result.json", outcome)
         return outcome
@@ -138,11 +140,11 @@ def run(config: AdsCost) -> results.Result:
     """Attention by attention: compiles all of its cases, then measures them; prints the tables, writes result and
     report. What the figures are of comes first."""
     if config.quick:
-        config = AdsCost(**(vars(config) | QUICK))
+        config = in_small(config, QUICK)
+    results.make_folder(config.out)
     if config.joined:
-        joined = results.join(config.joined, "ads_cost")
-        small = any(name.startswith("small_") for name in joined.figures)
-        found = summarize(joined.rows, replace(config, quick=small))
+        joined = results.join(config.joined, "ads_cost", apart=("what", "attention", "length", "model", "case"))
+        found = summarize(joined.rows, small=results.is_quick(joined))
         return _finish(replace(joined, figures=dict(joined.figures) | found), config.out)
     more = config.devices if "devices" in config.parts else 1
     if more > jax.local_device_count():
@@ -227,56 +229,62 @@ def variants(attention: str, length: int) -> tuple[Variant, ...]:
     return tuple(Variant(attention, length, items) for items in (None, CHUNK, 1))
 
 
-def summarize(rows: Sequence[Row], config: AdsCost) -> dict[str, float]:
-    """The figures that README and CI quote; of the sizes of a test they are named small_..."""
+def summarize(rows: Sequence[Row], *, small: bool) -> dict[str, float]:
+    """The figures that README and CI quote; of the sizes of a test they are named small_...
+
+    Each attention's are of the number of behaviours that its rows of a step, or of a request, name first.
+    """
     found: dict[str, Any] = {}
-    full, chunked = Variant("MHA", config.lengths[0], 1), Variant("MHA", config.lengths[0], CHUNK)
-    asked = Variant("MHA", config.lengths[-1], CHUNK)
     case = {(row["what"], row["attention"], row["length"], row["model"]): row for row in rows if "reason" not in row}
+
+    def first(attention: str, *parts: str) -> int:
+        own = (row for row in rows if row["attention"] == attention and row["what"] in parts)
+        return next((int(row["length"] or 0) for row in own), 0)
 
     def get(what: str, variant: Variant, column: str) -> Any:
         return case.get((what, variant.attention, variant.length, variant.name), {}).get(column)
 
-    for tag, variant in (("chunk10", chunked), ("full", full)):
+    length = {attention: first(attention, "whole step", "dense part") for attention in ATTENTIONS}
+    for tag, items in (("chunk10", CHUNK), ("full", 1)):
         for attention in ATTENTIONS:
             name = f"overhead_{tag}_pct" if attention == "MHA" else f"{attention.lower()}_overhead_{tag}_pct"
-            found[name] = get("whole step", replace(variant, attention=attention), "overhead_pct")
+            found[name] = get("whole step", Variant(attention, length[attention], items), "overhead_pct")
+        alone, variant = (Variant("MHA", length["MHA"], n) for n in (None, items))
         found[f"dense_overhead_{tag}_pct"] = get("dense part", variant, "overhead_pct")
-        alone = Variant("MHA", config.lengths[0], None)
         for name, column in (("memory", "memory_gib"), ("temporaries", "temporaries_gib")):
             a, b = (get("whole step", v, column) for v in (alone, variant))
             found[f"{name}_overhead_{tag}_pct"] = 100 * (b / a - 1) if a and b else None
-    found["step_ms_chunk10"] = get("whole step", chunked, "ms")
-    found[f"request_p99_ms_{config.candidates}"] = get("request", asked, "p99_ms")
-    found[f"request_p50_ms_{config.candidates}"] = get("request", asked, "p50_ms")
-    devices = max((int(row.get("devices") or 1) for row in rows if row["what"] == "devices"), default=1)
-    number = {2: "two"}.get(devices, str(devices))
-    for name, tag in (("fixed batch a device", ""), ("fixed global batch", "_fixed_global")):
-        speedup = [row.get("speedup") for row in rows if row.get("case") == name and "reason" not in row]
-        found[f"{number}_gpu_speedup{tag}"] = speedup[0] if speedup else None
+    found["step_ms_chunk10"] = get("whole step", Variant("MHA", length["MHA"], CHUNK), "ms")
+    asked = Variant("MHA", first("MHA", "request"), CHUNK)
+    for name in ("p99_ms", "p50_ms"):
+        found[f"request_{name}_{get('request', asked, 'candidates')}"] = get("request", asked, name)
+    ends = {"fixed batch a device": "", "fixed global batch": "_fixed_global"}
+    for row in rows:
+        if row.get("case") in ends and "speedup" in row:
+            number = {2: "two"}.get(int(row["devices"] or 0), str(row["devices"]))
+            found.setdefault(f"{number}_gpu_speedup{ends[str(row['case'])]}", row["speedup"])
     kept = {name: float(value) for name, value in found.items() if value is not None}
-    return {f"small_{name}": value for name, value in kept.items()} if config.quick else kept
+    return {f"small_{name}": value for name, value in kept.items()} if small else kept
 
 
 def page(outcome: results.Result) -> str:
     """The report."""
     panels = []
-    for what, column, title, label in (
-        (
-            "whole step",
-            "overhead_pct",
-            "What ADS adds to a whole training step",
-            "% more time than the attention alone",
-        ),
-        ("dense part", "overhead_pct", "What ADS adds to the dense part", "% more time than the attention alone"),
-        ("whole step", "temporaries_gib", "Temporaries of a whole step", "GiB"),
-        ("request", "p99_ms", "Latency of a request, 99th percentile", "milliseconds"),
+    more = "% more time than the attention alone"
+    ratios = "Medians over repeats of the ratio to the attention alone; contenders in turn within each repeat."
+    compiled = "As the compiler counts them for one program; nothing is timed."
+    latency = "From ids on the host to scores on the host; each request is asked of all contenders before the next."
+    for what, column, title, label, shows in (
+        ("whole step", "overhead_pct", "What ADS adds to a whole training step", more, ratios),
+        ("dense part", "overhead_pct", "What ADS adds to the dense part", more, ratios),
+        ("whole step", "temporaries_gib", "Temporaries of a whole step", "GiB", compiled),
+        ("request", "p99_ms", "Latency of a request, 99th percentile", "milliseconds", latency),
     ):
         rows = [row for row in outcome.rows if row["what"] == what and row.get(column) is not None]
         values = {f"{row['attention']}, {row['length']}: {row['model']}": float(row[column] or 0) for row in rows}
         if values:
             drawn = figures.bars(values, title=title, x_label=label, digits=2)
-            panels.append(report.Panel(title, drawn, "Medians; contenders in turn within each repeat."))
+            panels.append(report.Panel(title, drawn, shows))
     shown = [row for row in outcome.rows if row["what"] == "whole step"] or outcome.rows
     said = ("case", "devices", "batch", "ms", "speedup", "memory_gib", "reason", "measured_on")
     several = [{name: row[name] for name in said if name in row} for row in outcome.rows if row["what"] == "devices"]

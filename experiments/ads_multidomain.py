@@ -23,17 +23,16 @@ split by time, in tenths (eight, one, one), without filters. The paper's protoco
 rest; users of 200 interactions and 10 positives, items of 10 interactions) would leave 96 of the 929 users of our
 slice, and 1,173 of its 94,475 events.
 
-Models that are done are kept, so that several processes, each with an accelerator, may train a share of them in one
-folder (after one of them has made the worlds: `--no-report --only MLR`), and another makes the report of all. What
-several machines measured, each on some of the data, is one result by `--joined A.json B.json`. On two H200 with two
-processes each, making and compiling took 135 s for the worlds and 110 s for MovieLens, and each of the four 85 to 100 s
-then; on two cores the slice of Taobao took an hour.
+Models that are done are kept for one commit, so that several processes, each with an accelerator, may train a share of
+them in one folder (after one of them has made the worlds: `--no-report --only MLR`), and another makes the report of
+all. What several machines measured, each on some of the data, is one result by `--joined A.json B.json`. On two H200
+with two processes each, making and compiling took 135 s for the worlds and 110 s for MovieLens, and each of the four 85
+to 100 s then; on two cores the slice of Taobao took an hour.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +43,7 @@ from experiments.ads_multidomain_rows import compared_in, dial_of, measure, summ
 from experiments.datasets import Data, load, make_world
 from experiments.progress import table
 from experiments.results import Row
+from experiments.settings import in_small
 from experiments.statistics import Interval
 from experiments.steps.multidomain import Impressions, make_impressions
 from experiments.steps.problem import Problem, make_problem
@@ -60,10 +60,10 @@ PUBLISHED = (
 def run(config: AdsMultidomain) -> results.Result | None:
     """Trains and measures everything, prints the tables, writes `out`/result.json and `out`/report.html."""
     if config.quick:
-        config = AdsMultidomain(**(vars(config) | QUICK | ({"only": config.only} if config.only else {})))
-    config.out.mkdir(parents=True, exist_ok=True)
+        config = in_small(config, QUICK, together=("dials", "main"))
+    results.make_folder(config.out)
     if config.joined:
-        joined = _joined(config.joined)
+        joined = results.join(config.joined, "ads_multidomain", apart=("data",))
         return _finish(replace(joined, figures=dict(joined.figures) | summarize(joined.rows, config)), config)
     started, rows, outcome = results.begin(), [], None
     for data in _all_data(config):
@@ -74,17 +74,6 @@ def run(config: AdsMultidomain) -> results.Result | None:
             outcome = results.record("ads_multidomain", started=started, seeds=seeds, rows=rows, figures=found)
             results.write(config.out / "result.json", outcome)  # what is there if the next data set's time runs out
     return outcome and _finish(outcome, config)
-
-
-def _joined(paths: Sequence[Path]) -> results.Result:
-    """The results as one. Raises ValueError where two have the same data, or one is of another experiment."""
-    joined, known = results.join(paths, "ads_multidomain"), dict[Any, Path]()
-    for path in paths:
-        for data in dict.fromkeys(row["data"] for row in results.read(path).rows):
-            if data in known:
-                raise ValueError(f"joined: {data!r} is in {known[data]} and in {path}; give one of them")
-            known[data] = path
-    return joined
 
 
 def world_name(dial: float, users: int = AdsMultidomain.users) -> str:
@@ -134,19 +123,22 @@ def _finish(outcome: results.Result, config: AdsMultidomain) -> results.Result:
         imps = {str(row["model"]): row for row in own if "interval" in row}
         auc = {name: _over_seeds([row for row in seeds if row["model"] == name]) for name in by_model}
         for name, row in by_model.items():
-            value = auc[name]
-            line: Row = {"data": data, "model": name, "AUC": value.mean, "low": value.low, "high": value.high}
+            x = auc[name]
+            mean, low, high = (x.mean, x.low, x.high) if isinstance(x, Interval) else (x, None, None)
+            line: Row = {"data": data, "model": name, "AUC": mean, "low": low, "high": high}
             line |= {key: row.get(key) for key in ("learning_rate", "table_rate", "parameters")}
             line["epochs"] = f"{row['epochs']:g}"
             over = imps.get(name, {})
             line |= {"over": over.get("base"), "Imp, %": over.get("imp")}
             chosen.append(line | {f"Imp {end}": over.get(f"imp_{end}") for end in ("low", "high")})
-            by_data.setdefault(name, {"model": name})[data] = value.mean
+            by_data.setdefault(name, {"model": name})[data] = mean
         shown: dict[str, Any] = {"samples": _samples(own), "seeds": len({row["seed"] for row in seeds})}
         oracle = next((float(row["oracle_auc"] or 0) for row in own if "oracle_auc" in row), None)
         bars = figures.auc_bars(auc, oracle=oracle, title=f"AUC on {data}")
         text = "Test samples of the last tenth of the time."
-        panels.append(report.Panel(f"AUC on {data}", bars, text, **shown, interval="95 %, t over seeds"))
+        several = any(isinstance(value, Interval) for value in auc.values())
+        interval = "95 %, t over seeds" if several else ""
+        panels.append(report.Panel(f"AUC on {data}", bars, text, **shown, interval=interval))
         gains = {f"{row['model']} - {row['base']}": _interval(row) for (at, _), row in compared.items() if at == data}
         if gains:
             points = figures.differences(gains, title=f"Gains on {data}", x_label="difference of AUC, paired")
@@ -178,12 +170,10 @@ def _interval(row: Row) -> Interval:
     return Interval(mean, low, high, 0.95, METHOD)
 
 
-def _over_seeds(rows: Sequence[Row]) -> Interval:
+def _over_seeds(rows: Sequence[Row]) -> Interval | float:
+    """The mean AUC with its interval; of one seed its AUC, which has none."""
     values = np.array(_column(rows, "test_auc"))
-    if len(values) > 1:
-        return statistics.across_seeds(values)
-    alone = float(values[0])
-    return Interval(alone, alone, alone, 0.95, "one seed")
+    return statistics.across_seeds(values) if len(values) > 1 else float(values[0])
 
 
 def _samples(rows: Iterable[Row]) -> int | None:

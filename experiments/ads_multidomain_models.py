@@ -1,5 +1,6 @@
 """The models of `ads_multidomain.py`: settings, the table of rivals, and how each is tuned and trained."""
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,14 +13,19 @@ import jax
 import numpy as np
 
 import ads_jax
+from experiments.settings import check_joined
 from experiments.steps import multidomain
 from experiments.steps.multidomain import Impressions, Tuned
-from experiments.steps.runs import Run, saved_run, side_by_side
+from experiments.steps.runs import Run, run_file, saved_run, side_by_side
 from rec_core import metrics
 from rec_core.data.world import World
 from rec_core.embedding import Categorical
 from rec_core.interest.can import parameters
 from rec_core.ranking import cost, ctr
+
+_LEAST = dict.fromkeys(
+    ("items", "train_samples", "test_samples", "seeds", "length", "items_per_chunk", "width", "batch_size"), 1
+) | {"users": 2, "resamples": 20}  # the bootstrap's
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class AdsMultidomain:
     quick: bool = False
     only: tuple[str, ...] = ()
     report: bool = True
-    joined: tuple[Path, ...] = ()
+    joined: tuple[Path, ...] | None = None
     dials: tuple[float, ...] = (0.0, 0.4, 1.0)
     main: float = 0.4
     ml_1m: Path | None = None
@@ -76,15 +82,26 @@ class AdsMultidomain:
             raise ValueError(f"only={unknown}: there is no such model; there are {', '.join(map(repr, MODELS))}")
         for name in ("epochs", "rates", "table_factors"):
             given = getattr(self, name)
-            if not given or min(given) <= 0:
-                raise ValueError(f"{name}={given}: must be at least one number above 0")
-        for name in ("seeds", "length", "items_per_chunk", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            if not given or not all(0 < value < math.inf for value in given):
+                raise ValueError(f"{name}={given}: must be at least one number above 0, and finite")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if not 1 <= self.mean_length < math.inf:
+            raise ValueError(f"mean_length={self.mean_length} must be at least 1, and finite")
+        check_joined(self.joined)
+        for name in ("ml_1m", "taobao"):
+            folder = getattr(self, name)
+            if folder is not None and not folder.exists():
+                raise ValueError(f"{name}={folder}: there is no such file or folder")
         if not self.dials and self.ml_1m is None and self.taobao is None and not self.joined:
             raise ValueError("dials=(): there are no data; give settings of the dial, ml_1m or taobao")
         if self.dials and self.main not in self.dials:
             raise ValueError(f"main={self.main} must be one of dials={self.dials}")
+        if len({f"{dial:g}" for dial in self.dials}) < len(self.dials):
+            raise ValueError(f"dials={self.dials}: must differ from each other in six digits; give each once")
+        for dial in self.dials:
+            self.world(dial)  # which says what is wrong with a dial or a size
 
     @property
     def trials(self) -> tuple[tuple[float, float], ...]:
@@ -174,7 +191,7 @@ class Outcome:
 
 def train_all(data: Impressions, config: AdsMultidomain) -> Outcome:
     """Every model on one data set, side by side, since compiling takes longer than training. What is done is kept under
-    `out`/models: a stopped run goes on from there."""
+    `out`/models: a run that was stopped goes on from there at the same commit."""
     done = Outcome(data)
     size = min(config.batch_size, len(data.train))
     names = config.only or tuple(MODELS)
@@ -183,7 +200,7 @@ def train_all(data: Impressions, config: AdsMultidomain) -> Outcome:
 
     def one(name: str) -> Run:
         model, own = model_config(data, name, config)
-        point = repr((identity, model.__name__, own, config.epochs, config.trials, config.seeds, size))
+        point = (identity, model.__name__, own, config.epochs, config.trials, config.seeds, size)
 
         def run() -> Run:
             found = multidomain.tune_and_train(
@@ -192,7 +209,7 @@ def train_all(data: Impressions, config: AdsMultidomain) -> Outcome:
             tried = {name: value for name, value in vars(found).items() if name not in ("losses", "test")}
             return Run(tried, found.losses, found.test)
 
-        return saved_run(config.out / "models" / f"{data.name}-{zlib.crc32(point.encode()):08x}.npz", run)
+        return saved_run(run_file(config.out / "models", data.name, point), run)
 
     runs = side_by_side(
         {name: partial(one, name) for name in names}, data.name, lambda found: float(found.losses[-1].mean())

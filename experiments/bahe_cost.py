@@ -25,6 +25,7 @@ import bahe_jax
 from bahe_jax import cost
 from experiments import figures, progress, report, results
 from experiments.results import Row
+from experiments.settings import check_joined, in_small
 from experiments.steps import bahe_counts, timing
 from experiments.steps.bahe_train import (
     SMOLLM2,
@@ -80,11 +81,12 @@ class BaheCost:
     steps: int = 10
     repeats: int = 5
     only: tuple[str, ...] = ()
-    joined: tuple[Path, ...] = ()
+    joined: tuple[Path, ...] | None = None
     quick: bool = False
     out: Path = Path("runs/bahe_cost")
 
     def __post_init__(self) -> None:
+        check_joined(self.joined)
         for name in ("batch", "sequences", "tokens", "behaviors", "texts", "steps", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
@@ -102,9 +104,10 @@ QUICK = {"lengths": (32, 64), "batch": 2, "sequences": 2, "behaviors": 50, "text
 def run(config: BaheCost) -> results.Result:
     """Measures, prints the table, writes the result and the report."""
     if config.quick:
-        config = BaheCost(**(vars(config) | QUICK))
+        config = in_small(config, QUICK)
     if config.joined:
         return _finish(config, results.join(config.joined, "bahe_cost"))
+    results.make_folder(config.out)
     started = results.begin()
     model = bahe_jax.Config((TINY if config.quick else SMOLLM2).running(remat=config.remat), config.sequences)
     distinct = {length: _distinct(config, length) for length in config.lengths}

@@ -41,6 +41,7 @@ from experiments.bahe_text_models import (
 )
 from experiments.datasets import Data, load, make_world
 from experiments.results import Row
+from experiments.settings import in_small
 from experiments.statistics import Interval
 from experiments.steps.bahe_text import Language, Words, random_weights
 from experiments.steps.bahe_text_data import TextProblem, item_texts, make_texts
@@ -64,7 +65,8 @@ VARIED = {"pooling": "Pooling", "split": "Where the layers are split", "weights"
 def run(config: BaheText) -> results.Result:
     """Trains what is not done yet, prints the table, writes `out`/result.json and `out`/report.html."""
     if config.quick:
-        config = BaheText(**(vars(config) | QUICK | {"only": config.only or QUICK_ONLY}))
+        config = in_small(config, QUICK, together=("lengths", "base"))
+        config = in_small(config, {"only": tuple(name.format(config.base) for name in QUICK_ONLY)})
     check_only(config)
     started = results.begin()
     config.out.mkdir(parents=True, exist_ok=True)

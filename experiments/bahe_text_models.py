@@ -19,7 +19,7 @@ from experiments.steps import bahe_text as steps
 from experiments.steps import rank
 from experiments.steps.bahe_text import Language
 from experiments.steps.bahe_text_data import TextProblem
-from experiments.steps.runs import Run, saved_run, settings_for
+from experiments.steps.runs import Run, run_file, saved_run, settings_for
 from rec_core.training import TrainConfig
 
 ASSUMED_FLOPS = 250e12  # a second, on an H100: for `estimate`
@@ -97,11 +97,11 @@ class BaheText:
 
 
 QUICK: dict[str, Any] = {
-    "amazon": None, "seeds": 2, "lengths": (48,), "base": 48, "train_samples": 128, "rank_samples": 128,
+    "seeds": 2, "lengths": (48,), "base": 48, "train_samples": 128, "rank_samples": 128,
     "test_samples": 64, "batch_size": 16, "learning_rate": 3e-3, "rank_batch": 32, "limit": 8, "history": 8,
     "encode_rows": 2, "resamples": 40,
 }  # fmt: skip
-QUICK_ONLY = ("dnn", "bahe_48", "bahe_48_random", "llm_ctr_48")
+QUICK_ONLY = ("dnn", "bahe_{}", "bahe_{}_random", "llm_ctr_{}")  # of the base length
 
 
 @dataclass(frozen=True)
@@ -297,8 +297,8 @@ def _file(texts: TextProblem, language: Language, point: Point, seed: int, confi
         model = model_config(texts, language, point)
         same = model.language_model.running(remat="none")  # it changes time and memory alone
         own = (replace(model, language_model=same), point.pretrained)
-    said = repr((identity, shared, own, point.length, train_settings(texts, config)))
-    return config.out / "points" / f"{point.name}-{seed}-{zlib.crc32(said.encode()):08x}.npz"
+    said = (identity, shared, own, point.length, train_settings(texts, config))
+    return run_file(config.out / "points", f"{point.name}-{seed}", said)
 
 
 def _train(

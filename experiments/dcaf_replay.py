@@ -30,6 +30,7 @@ import numpy as np
 
 from experiments import results, statistics
 from experiments.progress import table
+from experiments.settings import in_small
 from experiments.steps import (
     dcaf_compare,
     dcaf_costs,
@@ -131,7 +132,7 @@ QUICK: dict[str, Any] = {
 def run(config: DcafReplay) -> results.Result:
     """Measures everything, prints the tables, writes `out`/result.json and `out`/report.html."""
     if config.quick:
-        config = DcafReplay(**(vars(config) | QUICK))
+        config = in_small(config, QUICK)
     config.out.mkdir(parents=True, exist_ok=True)
     started = results.begin()
     times = dcaf_exact.times(config.multiplier_requests)

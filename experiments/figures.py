@@ -106,7 +106,7 @@ def loss_curves(
 
 
 def auc_bars(
-    systems: Mapping[str, Interval],
+    systems: Mapping[str, Interval | float],
     *,
     title: str = "AUC on the test period",
     x_label: str = "AUC (0.5 = chance)",

@@ -26,6 +26,7 @@ from jaxtyping import Array
 
 from experiments import figures, progress, report, results
 from experiments.results import Row
+from experiments.settings import in_small
 from experiments.steps import timing
 from rec_core.interest import MultiHead, can_gpu, can_gpu_each, multi_head_gpu
 from rec_core.interest.can import by_xla, parameters
@@ -113,10 +114,11 @@ class Case:
 def run(config: InterestBench) -> results.Result:
     """Case by case: compiles, compares, times; prints the tables, writes result and report."""
     if config.quick:
-        config = InterestBench(**(vars(config) | QUICK))
+        config = in_small(config, QUICK, together=("lengths", "items"))
     shapes = [(config.batch, length, config.width) for length in config.lengths]
     if not (config.quick or all(serves("bfloat16", shape) for shape in shapes)):
         raise ValueError("the kernels do not run here: they want an NVIDIA GPU and such sizes (`triton_gpu.serves`)")
+    results.make_folder(config.out)
     started, rows = results.begin(), list[Row]()
     for attention, length in itertools.product(config.attentions, config.lengths):
         for groups in (length // config.items, 1, *([length] if attention == "CAN" else [])):

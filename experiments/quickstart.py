@@ -24,6 +24,7 @@ import numpy as np
 from experiments import figures, report, results, scaling_law, statistics
 from experiments.datasets import Data, load
 from experiments.progress import table
+from experiments.settings import in_small
 from experiments.steps import rank
 from experiments.steps.ask import Knowledge, ask
 from experiments.steps.pretrain import lum_config, pretrain
@@ -103,7 +104,7 @@ QUICK_WORLD = World(users=300, items=400, categories=16, mean_length=40, max_len
 def run(config: Quickstart) -> results.Result:
     """Runs everything, prints the table, writes `out`/result.json and `out`/report.html."""
     if config.quick:
-        config = Quickstart(**(vars(config) | QUICK))
+        config = in_small(config, QUICK)
     out = config.out or Path("runs") / f"quickstart-{config.data.data}"
     out.mkdir(parents=True, exist_ok=True)
     started = results.begin()

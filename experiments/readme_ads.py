@@ -140,9 +140,11 @@ def chunks(result: Result) -> str:
         more = _more(whole.get(None if tag == "alone" else int(tag)))
         lines.append([tag, figure(f, f"auc_{tag}", ".4f"), difference(gained), *cost, more])
     heading = ["behaviours", "AUC", "over the attention alone", "parameters outside tables", "dense part, GFLOP"]
+    on = next((f" on {row['attention']}" for row in rows), "")
     return joined(
         prose(
-            f"Behaviours that share a query of ADS ({device(result)} seeds): AUC on the synthetic world ({PAIRED}), "
+            f"Behaviours that share a query of ADS{on} ({device(result)} seeds): AUC on the "
+            f"synthetic world ({PAIRED}), "
             "and a training step at the sizes of `ads-cost`, in turn with the attention alone (more: median of the "
             "repeats' ratios [least, most]):"
         ),

@@ -125,6 +125,16 @@ def write(path: str | os.PathLike[str], result: Result) -> Path:
     return path
 
 
+def make_folder(path: Path) -> None:
+    """Makes the folder of a result, if need be, and a file in it for a moment, before anything is measured for it.
+
+    Raises OSError naming it where it is a file, or cannot be written.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path):
+        pass
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes `text` beside `path`, forces it to disk, then renames it over `path`."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -168,24 +178,42 @@ def read(path: str | os.PathLike[str]) -> Result:
         raise ValueError(f"{path}: {error}") from None
 
 
-def join(paths: Sequence[str | os.PathLike[str]], experiment: str) -> Result:
-    """The first result with the rows of the others, which say their device (measured_on), commit and command, and the
-    figures of theirs that it lacks.
+def join(paths: Sequence[str | os.PathLike[str]], experiment: str, apart: Sequence[str] = ()) -> Result:
+    """The first result with the rows of the others, which say their device (measured_on), commit and command, unless
+    they were joined before and say so already; and the figures of theirs that it lacks.
+
+    Args:
+      apart: columns in which what was measured for one file differs from what was for any other; none: all is taken.
 
     Raises:
-      ValueError: a file holds no result, or one of another experiment.
+      ValueError: a file holds no result, one of another experiment, one of a quick run beside one of a full run, or
+        what another one has.
     """
     first, *others = map(read, paths)
+    known: dict[tuple[tuple[str, Cell], ...], Any] = {}
     for path, other in zip(paths, (first, *others), strict=True):
         if other.experiment != experiment:
             raise ValueError(f"{path} is a result of {other.experiment}; give results of {experiment}")
+        if is_quick(other) != is_quick(first):
+            raise ValueError(f"of {paths[0]} and {path}, one is of a quick run; give results of the same sizes")
+        measured = [row for row in other.rows if apart and "reason" not in row]
+        for case in dict.fromkeys(tuple((name, row[name]) for name in apart if name in row) for row in measured):
+            if case in known:
+                said = ", ".join(f"{name} {value!r}" for name, value in case)
+                raise ValueError(f"joined: {said} is in {known[case]} and in {path}; give one of them")
+            known[case] = path
     rows, found = list(first.rows), dict(first.figures)
     for other in others:
         kind = f"{other.device['count']} x {other.device['kind']}"
         origin: Row = {"measured_on": kind, "commit": other.commit, "command": other.command}
-        rows += [dict(row) | origin for row in other.rows]
+        rows += [dict(row) | (origin if "measured_on" not in row else {}) for row in other.rows]
         found = dict(other.figures) | found
     return dataclasses.replace(first, rows=tuple(rows), figures=found)
+
+
+def is_quick(result: Result) -> bool:
+    """Whether it is of the sizes of a test: by its command, or by its figures, small_..."""
+    return "--quick" in result.command.split() or any(name.startswith("small_") for name in result.figures)
 
 
 def compare(a: Result | str | os.PathLike[str], b: Result | str | os.PathLike[str]) -> list[Row]:

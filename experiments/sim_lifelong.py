@@ -24,6 +24,7 @@ import numpy as np
 from experiments import figures, report, results, statistics
 from experiments.datasets import Data, load
 from experiments.progress import table
+from experiments.settings import in_small
 from experiments.sim_lifelong_models import QUICK, SimLifelong, Trained, long_term, recall, train_all
 from experiments.steps import lifelong
 from experiments.steps.problem import make_problem
@@ -67,7 +68,7 @@ REASONS = {
 def run(config: SimLifelong) -> results.Result:
     """Trains and measures everything, prints the tables, writes `out`/result.json and `out`/report.html."""
     if config.quick:
-        config = SimLifelong(**(vars(config) | QUICK))
+        config = in_small(config, QUICK)
     config.out.mkdir(parents=True, exist_ok=True)
     started = results.begin()
     world = config.world()

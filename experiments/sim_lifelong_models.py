@@ -19,7 +19,7 @@ import sim_jax.search
 from experiments.progress import Progress
 from experiments.steps import lifelong
 from experiments.steps.lifelong import Feed, Lifelong
-from experiments.steps.runs import Run, saved_run, settings_for
+from experiments.steps.runs import Run, run_file, saved_run, settings_for
 from rec_core import embedding
 from rec_core.data.world import World
 from rec_core.embedding import Categorical
@@ -196,8 +196,8 @@ def train_all(problem: Lifelong, config: SimLifelong) -> Trained:
 
     def kept(name: str) -> Path:
         model, feed = model_config(problem, name, config)
-        identity = repr((data, model, feed, settings, config.seeds, config.recent, size, problem.train[[0, -1]]))
-        return config.out / "models" / f"{problem.name}-{zlib.crc32(identity.encode()):08x}.npz"
+        identity = (data, model, feed, settings, config.seeds, config.recent, size, problem.train[[0, -1]])
+        return run_file(config.out / "models", problem.name, identity)
 
     def one(name: str) -> Run:
         model, feed = model_config(problem, name, config)
@@ -223,6 +223,8 @@ def train_all(problem: Lifelong, config: SimLifelong) -> Trained:
         return found
 
     names = [name for name in config.only or MODELS if config.train or kept(name).exists()]
+    if not names:
+        raise ValueError(f"{config.out}/models holds nothing of these settings and this commit: train it first")
     with (
         Progress(steps * len(names), problem.name, unit="samples") as progress,
         ThreadPoolExecutor(config.workers) as pool,

@@ -35,6 +35,7 @@ from jaxtyping import Float, Int
 
 from experiments import figures, progress, report, results
 from experiments.results import Row
+from experiments.settings import in_small
 from experiments.steps.timing import uncollected
 from rec_core.data.schema import EventLog, Ragged
 from rec_core.store import Store, StoreError, open_store
@@ -106,7 +107,7 @@ QUICK = {"events": 20_000, "users": 400, "days": 2, "long_users": 4, "history": 
 def run(config: SimServing) -> results.Result:
     """Measures, prints the table, writes the result and the report."""
     if config.quick:
-        config = SimServing(**(vars(config) | QUICK))
+        config = in_small(config, QUICK)
     started = results.begin()
     config.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []

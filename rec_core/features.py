@@ -167,13 +167,18 @@ def check_shape(name: str, values: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: shape {np.shape(values)}, must be {shape}")
 
 
-def check_features(where: str, specs: Iterable[Feature], raw: Mapping[str, Any], shape: tuple[int, ...]) -> None:
-    """All host checks of the fields that `specs` read: presence, shape, type, range, NaN. `where` opens the message."""
-    specs = tuple(specs)
+def check_fields(where: str, specs: Iterable[Feature], raw: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    """Presence and shape of the fields that `specs` read; no value is looked at, so it serves under jit as well."""
     for name in fields(specs):
         if name not in raw:
             raise ValueError(f"{where}: field {name!r} is missing; present: {sorted(raw)}")
         check_shape(f"{where}[{name!r}]", raw[name], shape)
+
+
+def check_features(where: str, specs: Iterable[Feature], raw: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    """All host checks of the fields that `specs` read: presence, shape, type, range, NaN. `where` opens the message."""
+    specs = tuple(specs)
+    check_fields(where, specs, raw, shape)
     for spec in specs:
         for part in spec.of if isinstance(spec, Cross) else (spec,):
             name = part if isinstance(part, str) else part.name
@@ -188,12 +193,18 @@ def check_features(where: str, specs: Iterable[Feature], raw: Mapping[str, Any],
 
 def check_mask(name: str, mask: Any) -> tuple[int, int]:
     """The shape of a bool mask `[B, T]` with at least one example and one slot, or a ValueError."""
-    if np.ndim(mask) != 2 or 0 in np.shape(mask):
-        raise ValueError(f"{name}: shape {np.shape(mask)}, must be [B, T] with at least one example and one slot")
+    shape = mask_shape(name, mask)
     if np.asarray(mask).dtype != bool:
         raise ValueError(f"{name}: must be bool, got {np.asarray(mask).dtype}")
-    rows, slots = np.shape(mask)
-    return rows, slots
+    return shape
+
+
+def mask_shape(name: str, mask: Any) -> tuple[int, int]:
+    """`check_mask` of the shape alone, which is known under jit as well."""
+    shape = np.shape(mask)
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"{name}: shape {shape}, must be [B, T] with at least one example and one slot")
+    return shape
 
 
 def check_labels(label: Any, weight: Any, size: int, tasks: int = 1) -> None:

@@ -36,7 +36,12 @@ def bce_with_logits(
     """Binary cross-entropy `-y ln p - (1 - y) ln(1 - p)`, p = sigmoid(logits); labels in [0, 1], in float32.
 
     Entries of weight 0 add nothing, whatever they hold.
+
+    Raises:
+      ValueError: labels have another shape than logits.
     """
+    if jnp.shape(labels) != logits.shape:
+        raise ValueError(f"labels have shape {jnp.shape(labels)}, logits {logits.shape}; they must be the same")
     logits, labels = logits.astype(jnp.float32), jnp.asarray(labels, jnp.float32)
     weights = jnp.ones_like(logits) if weights is None else jnp.broadcast_to(weights, logits.shape).astype(jnp.float32)
     logits, labels = jnp.where(weights > 0, logits, 0), jnp.where(weights > 0, labels, 0)

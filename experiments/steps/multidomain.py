@@ -71,6 +71,8 @@ def make_impressions(
     Args:
       length: behaviours that every model reads, the newest.
     """
+    if min(train, test) < 1:
+        raise ValueError(f"train is {train} and test {test}; both need at least 1 sample")
     splits, samples, sizes = problem.splits, problem.samples, problem.behaviors.sizes
     newest = np.sort(splits["train"][np.argsort(samples.time[splits["train"]], kind="stable")[-train:]])
     parts = {"train": newest} | {part: _evenly(splits[part], test) for part in ("valid", "test")}

@@ -1,9 +1,11 @@
 """What the experiments that train on the device share: whole calls of steps, orders of samples, runs kept in files."""
 
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, Int
 
+from experiments import results
 from experiments.progress import Progress
 from rec_core.training import TrainConfig
 
@@ -62,8 +65,20 @@ def side_by_side[T](jobs: Mapping[str, Callable[[], T]], label: str, loss: Calla
     return {name: found[name] for name in jobs}
 
 
+def run_file(folder: Path, name: str, identity: Any) -> Path:
+    """Where `saved_run` keeps a run: the file's name has a checksum of what its numbers depend on, the sources' commit
+    (`results.commit`) and JAX's version with it. At the same commit a run goes on; at another one it begins anew."""
+    said = repr((identity, _commit(), jax.__version__))
+    return folder / f"{name}-{zlib.crc32(said.encode()):08x}.npz"
+
+
+@cache  # asked for each model; and what is trained is what was imported, whatever changes meanwhile
+def _commit() -> str:
+    return results.commit()
+
+
 def saved_run(path: Path, make: Callable[[], Run]) -> Run:
-    """What `make` gives, kept in a file."""
+    """What `make` gives, kept in a file (`run_file`)."""
     flat: dict[str, Any] = saved_arrays(path, lambda: flatten_dict(vars(make()), sep="/"))
     device = str(flat.pop("device"))
     return Run(**unflatten_dict(flat, sep="/"), device=device)

@@ -1,7 +1,7 @@
 """The face of the interest modules in two steps, what they share, and many candidates of one request at once."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ class Interest(nn.Module, kw_only=True):
     """
 
     dtype: str = "float32"  # of the computation; parameters are float32
+    reads_time: ClassVar[bool] = False  # whether there are parameters of the behaviours' age
 
     def __call__(
         self,

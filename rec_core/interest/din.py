@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from rec_core.interest.base import Behaviors, Interest, by_query, masked_softmax
+from rec_core.interest.base import Behaviors, Interest, by_query, check_positive, masked_softmax
 
 
 class Dice(nn.Module):
@@ -37,6 +37,7 @@ class DIN(Interest):
 
     @nn.compact
     def read(self, encoded: Behaviors, target: Float[Array, "B d"] | Float[Array, "B G d"]) -> Float[Array, "B d"]:
+        check_positive(self, "hidden")
         sequence, mask = encoded
         query, grouped = by_query(target.astype(self.dtype), sequence)
 

@@ -76,6 +76,7 @@ class TWIN(Interest):
     last entries are then not read.
     """
 
+    reads_time = True
     top: int = 100
     heads: int = 4
     width: int = 16  # of a head

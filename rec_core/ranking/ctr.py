@@ -26,7 +26,7 @@ from rec_core import embedding, losses
 from rec_core.chunks import map_chunks
 from rec_core.embedding import Feature
 from rec_core.interest.average import mean_of
-from rec_core.ranking.ctr_batch import Batch, check, example
+from rec_core.ranking.ctr_batch import Batch, check, check_shapes, example
 from rec_core.ranking.ctr_config import Config
 from rec_core.ranking.head import Head
 from rec_core.sharding import constrain
@@ -116,7 +116,12 @@ def init(key: Array, config: Config) -> dict[str, Any]:
 def apply(
     params: Any, batch: Batch, config: Config, *, key: Array | None = None, train: bool = False
 ) -> Float[Array, "B"] | Float[Array, "B tasks"]:
-    """Logits, `[B]` for one task. `key` is for dropout, in training only."""
+    """Logits, `[B]` for one task. `key` is for dropout, in training only.
+
+    Raises:
+      ValueError: a field is missing, arrays do not go together, or dropout has no key.
+    """
+    check_shapes(batch, config)
     deterministic = not train or config.dropout == 0
     if not deterministic and key is None:
         raise ValueError(f"apply in training with dropout {config.dropout} needs a key")
@@ -136,7 +141,13 @@ def apply(
 def click_sums(
     logits: Float[Array, "B"] | Float[Array, "B tasks"], label: Any, weight: Float[Any, "B"]
 ) -> dict[str, losses.Sum]:
-    """`loss`, the binary cross-entropy, `predicted` and `clicked`, over impressions (and tasks), as mergeable sums."""
+    """`loss`, the binary cross-entropy, `predicted` and `clicked`, over impressions (and tasks), as mergeable sums.
+
+    Raises:
+      ValueError: `label` has another shape than the logits, or `weight` another number of impressions.
+    """
+    if jnp.shape(weight) != logits.shape[:1]:
+        raise ValueError(f"weight has shape {jnp.shape(weight)}, must be {logits.shape[:1]}, one an impression")
     weight = jnp.asarray(weight, jnp.float32).reshape(-1, *[1] * (logits.ndim - 1))
     loss, count = losses.bce_with_logits(logits, label, weight)
     weight = jnp.broadcast_to(weight, logits.shape)
@@ -180,9 +191,7 @@ def score(params: Any, batch: Batch, config: Config, *, chunk: int = 32) -> Floa
     and the domain's fields are of the candidate, are the behaviours encoded once a candidate. Label and weight are not
     read. Ids and numbers are not looked at: `check(batch, config, candidates=True)` does so on the host.
     """
-    shape = jnp.shape(next(iter(batch.target.values())))
-    if len(shape) != 2:
-        raise ValueError(f"score takes targets [B, C], got {shape}; for one target an example use apply")
+    shape = check_shapes(batch, config, candidates=True)
 
     def per_candidate(x: Any) -> Array:  # [B] or [B, C] to [C, B]
         x = jnp.asarray(x)

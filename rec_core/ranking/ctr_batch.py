@@ -9,7 +9,16 @@ from jaxtyping import Bool, Float
 
 from rec_core import embedding
 from rec_core.embedding import Categorical, Continuous, Cross, Feature, Hashed
-from rec_core.features import check_features, check_ids, check_labels, check_mask, check_not_nan, check_shape
+from rec_core.features import (
+    check_features,
+    check_fields,
+    check_ids,
+    check_labels,
+    check_mask,
+    check_not_nan,
+    check_shape,
+    mask_shape,
+)
 from rec_core.ranking.ctr_config import Config
 
 
@@ -44,32 +53,53 @@ def check(batch: Batch, config: Config, *, candidates: bool = False) -> None:
         read. Otherwise it is of `apply`.
     """
     size, length = check_mask("mask", batch.mask)
-    asked = _asked(batch, size) if candidates else (size,)
+    asked = check_shapes(batch, config, candidates=candidates)
     check_features("user", config.user_features, batch.user, (size,))
     check_features("target", config.item_features + config.query_features, batch.target, asked)
     check_features("sequence", config.item_features, batch.sequence, (size, length))
-    missing = [name for name in config.context_fields if name not in batch.fields]
-    if missing:
-        raise ValueError(f"context: field {missing[0]!r} is missing; present: {sorted(batch.context)}")
-    _check_fields("context", config.context_features, batch, asked)
-    _check_fields("domain", config.domain_features, batch, asked)
+    _check_fields("context", config.context_features, batch)
+    _check_fields("domain", config.domain_features, batch)
     for name in embedding.fields(config.domain_features):
         check_not_nan(f"domain[{name!r}]", batch.fields[name], finite=True)
     if config.domain_field:
-        where = f"domain[{config.domain_field!r}]"
-        _check_shape_of(where, config.domain_field, batch, asked)
-        check_ids(where, batch.fields[config.domain_field], config.domains)
+        check_ids(f"domain[{config.domain_field!r}]", batch.fields[config.domain_field], config.domains)
     if not candidates:
         check_labels(batch.label, batch.weight, size, config.tasks)
+    for name, values in (("dense", batch.dense), ("time", batch.time)):
+        if values is not None:
+            check_not_nan(name, values, finite=True)
+
+
+def check_shapes(batch: Batch, config: Config, *, candidates: bool = False) -> tuple[int, ...]:
+    """The part of `check` that reads no value and so serves under jit: what is missing, and what does not go together.
+
+    Returns:
+      The shape of what is asked about: `[B]`, and `[B, C]` of `candidates`.
+    """
+    size, length = mask_shape("mask", batch.mask)
+    asked = _asked(batch, size) if candidates else (size,)
+    check_fields("user", config.user_features, batch.user, (size,))
+    check_fields("target", config.item_features + config.query_features, batch.target, asked)
+    check_fields("sequence", config.item_features, batch.sequence, (size, length))
+    missing = [name for name in config.context_fields if name not in batch.fields]
+    if missing:
+        raise ValueError(f"context: field {missing[0]!r} is missing; present: {sorted(batch.context)}")
+    domain = (*embedding.fields(config.domain_features), *([config.domain_field] if config.domain_field else []))
+    for where, names in (("context", embedding.fields(config.context_features)), ("domain", domain)):
+        for name in names:
+            field = batch.fields[name]  # [B]; of candidates [B, C] in the target, and either in the context
+            each = name in batch.target or (name in batch.context and np.ndim(field) == len(asked))
+            check_shape(f"{where}[{name!r}]", field, asked if each else asked[:1])
     if config.dense and batch.dense is None:
         raise ValueError(f"dense: missing, config.dense asks for {config.dense} float features")
     if batch.dense is not None:
         of_candidate = candidates and np.ndim(batch.dense) == 3
         check_shape("dense", batch.dense, (*(asked if of_candidate else (size,)), config.dense))
-        check_not_nan("dense", batch.dense, finite=True)
     if batch.time is not None:
         check_shape("time", batch.time, (size, length))
-        check_not_nan("time", batch.time, finite=True)
+    elif config.reads_time:
+        raise ValueError(f"time: missing; interest {config.interest!r} reads ages of behaviours, zeros if not known")
+    return asked
 
 
 def _asked(batch: Batch, size: int) -> tuple[int, int]:
@@ -83,22 +113,14 @@ def _asked(batch: Batch, size: int) -> tuple[int, int]:
     return size, shape[1]
 
 
-def _check_fields(where: str, specs: tuple[Feature, ...], batch: Batch, asked: tuple[int, ...]) -> None:
-    # Of user, target and context. Where a feature crosses fields of request and candidate, each has all candidates.
+def _check_fields(where: str, specs: tuple[Feature, ...], batch: Batch) -> None:
+    # The values, of user, target and context. Where a feature crosses fields of request and candidate, each has all
+    # candidates.
     for spec in specs:
         raw = {name: np.asarray(batch.fields[name]) for name in embedding.fields((spec,))}
-        for name in raw:
-            _check_shape_of(f"{where}[{name!r}]", name, batch, asked)
         shape = max((x.shape for x in raw.values()), key=len)
         raw = {name: x if x.shape == shape else np.broadcast_to(x[:, None], shape) for name, x in raw.items()}
         check_features(where, (spec,), raw, shape)
-
-
-def _check_shape_of(where: str, name: str, batch: Batch, asked: tuple[int, ...]) -> None:
-    # [B]; for candidates [B, C] of the target, and either of the context.
-    field = batch.fields[name]
-    each = name in batch.target or (name in batch.context and np.ndim(field) == len(asked))
-    check_shape(where, field, asked if each else asked[:1])
 
 
 def example(batch_size: int = 8, seed: int = 0) -> tuple[Config, Batch]:

@@ -1,6 +1,7 @@
 """Settings of the click model."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Any
 
 from flax import linen as nn
@@ -71,6 +72,8 @@ class Config:
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"{name} is {value}, must be at least {least}")
+        if not 0 <= self.embedding_scale < math.inf:
+            raise ValueError(f"embedding_scale is {self.embedding_scale}, must be at least 0 and finite")
         if not self.hidden or min(self.hidden) < 1:
             raise ValueError(f"hidden is {self.hidden}, must be widths of at least one layer")
         if bool(self.domain_field) != bool(self.domains):
@@ -82,7 +85,12 @@ class Config:
             raise ValueError(f"fields {sorted(both)} are in user_features and item_features; rename one of each")
 
     def _check_needs(self) -> None:
-        """What gate and network read must be there."""
+        """What interest, gate and network are told must be theirs, and what they read must be there."""
+        options = {field.name for field in fields(INTEREST[self.interest])} - {"parent", "name", "dtype"}
+        if unknown := set(dict(self.interest_options)) - options:
+            raise ValueError(
+                f"interest_options names {sorted(unknown)}; interest {self.interest!r} has {sorted(options)}"
+            )
         unknown = set(dict(self.gate_options)) - set(GATES[self.gate])
         if unknown:
             raise ValueError(f"gate_options names {sorted(unknown)}; gate {self.gate!r} has {sorted(GATES[self.gate])}")
@@ -123,6 +131,11 @@ class Config:
         read = embedding.fields(self.context_features + self.domain_features)
         read += (self.domain_field,) if self.domain_field and self.domain_field not in read else ()
         return tuple(name for name in read if name not in given)
+
+    @property
+    def reads_time(self) -> bool:
+        """Whether the interest module has parameters of a behaviour's age, for which `time` must be there."""
+        return INTEREST[self.interest].reads_time
 
     @property
     def personal(self) -> bool:

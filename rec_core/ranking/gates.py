@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from rec_core.interest import Dice
+from rec_core.interest.base import check_positive
 from rec_core.ranking.networks.base import dense_flops
 
 
@@ -27,6 +28,8 @@ class InformationExtraction(nn.Module):
 
     @nn.compact
     def __call__(self, fields: Float[Array, "B F k"]) -> Float[Array, "B F k"]:
+        check_positive(self, "attention", "hidden")
+
         def linear(units: int, name: str) -> nn.Dense:
             return nn.Dense(units, use_bias=False, dtype=self.dtype, name=name)
 
@@ -77,6 +80,7 @@ class Gate(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B d"]) -> Float[Array, "B size"]:
+        check_positive(self, "hidden")
         hidden = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name="first")(x))
         return 2 * nn.sigmoid(nn.Dense(self.size, dtype=self.dtype, name="second")(hidden))
 

@@ -23,6 +23,10 @@ def make_network(
     unknown = dict(own).keys() - known
     if unknown:
         raise ValueError(f"network_options names {sorted(unknown)}; network {kind!r} has {sorted(known)}")
+    if "domains" in dict(own) and domains not in (0, dict(own)["domains"]):
+        raise ValueError(
+            f"network_options gives {dict(own)['domains']} domains, config.domains is {domains}; leave it out"
+        )
     told = {"domains": domains} if "domains" in known and domains else {}
     return network(hidden, **told | dict(own), **shared)
 

@@ -186,6 +186,13 @@ def test_bad_batches_are_named_and_hard_ones_are_defined():
             ads_jax.check(replace(BATCH, context={**BATCH.context, **context}), CONFIG)
     with pytest.raises(ValueError, match=r"mask: 6 slots, config\.length is 5; raise it"):
         ads_jax.check(BATCH, replace(CONFIG, length=5))
+    lists = replace(BATCH, mask=(~BATCH.mask).tolist())
+    with pytest.raises(ValueError, match=r"padding after a behaviour at row \d, and config\.arranged is True"):
+        ads_jax.check(lists, replace(CONFIG, arranged=True))
+    short = replace(BATCH, mask=BATCH.mask[:, 1:])
+    for function in (ads_jax.apply, ads_jax.loss):  # their shapes are looked at, also under jit
+        with pytest.raises(ValueError, match=r"sequence\['item'\]: shape \(6, 6\), must be \(6, 5\)"):
+            jax.eval_shape(functools.partial(function, config=CONFIG), drawn(CONFIG), short)
     nobody = replace(BATCH, mask=np.zeros_like(BATCH.mask))
     ads_jax.check(nobody, CONFIG)
     assert CONFIG.length % CONFIG.items != 0  # the oldest chunk is short in all tests here

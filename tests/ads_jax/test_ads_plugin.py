@@ -285,6 +285,11 @@ def test_gradients_reach_all_parameters():
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ADS(unit("din"), **{"length": T, **settings}).init(jax.random.key(0), *data()[:4])
+    for attention in (TheirAttention(), "din"):
+        with pytest.raises(
+            ValueError, match=r"ADS: unit is .*, must be a member of rec_core\.interest, or ads_jax\.Ar"
+        ):
+            ADS(attention, length=T).init(jax.random.key(0), *data()[:4])
     with pytest.raises(ValueError, match="PCRG: chunks is 0, must be at least 1"):
         PCRG(chunks=0).init(jax.random.key(0), jnp.zeros((B, DOMAIN)), jnp.zeros((B, D)))
 

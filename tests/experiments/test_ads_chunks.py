@@ -52,6 +52,7 @@ def test_every_variant_is_trained_measured_and_compared(tmp_path, monkeypatch, c
     assert (found["small_ms_alone"], found["small_ms_3"], found["small_gflop_1"]) == (1, 2, 30)
     assert set(configs) == {None, 3, 1} and configs[3].pcrg and replace(configs[3], items=1) == configs[1]
     assert configs[None] == ctr.Config(**{field.name: getattr(configs[1], field.name) for field in fields(ctr.Config)})
+    assert {row["what"]: row["length"] for row in made.rows} == {"whole step": 12, "dense part": 12, "AUC": 8}
     seeds = [row["seed"] for row in made.rows if row["what"] == "AUC" and row["items"] == 3]
     assert seeds == [0, 1] and "ADS, chunks of 3" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()

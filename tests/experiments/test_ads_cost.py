@@ -112,14 +112,17 @@ def test_what_is_left_out_says_so_and_figures_are_of_whole_cases_only():
         for i, variant in enumerate(ads_cost.variants("MHA", length)):
             row = variant.row("whole step") | {"ms": ms + i, "memory_gib": 10.0 + i, "temporaries_gib": 1.0 + i}
             rows.append(row | ({"overhead_pct": 3.0 * i} if i else {}))
-            rows.append(variant.row("request") | {"p50_ms": ms, "p99_ms": 2 * ms + i})
-    rows.append(Variant("MHA", 200, 10).row("devices") | {"case": "fixed batch a device", "speedup": 1.9, "devices": 2})
+            if length == 1000:
+                rows.append(variant.row("request") | {"p50_ms": ms, "p99_ms": 2 * ms + i, "candidates": 500})
+    two = Variant("MHA", 200, 10).row("devices") | {"case": "fixed batch a device", "speedup": 1.9, "devices": 2}
+    rows += [two, two | {"speedup": 3.5, "devices": 4}]
     rows.append(Variant("DIN", 200, 1).row("whole step") | {"ms": 9.0, "overhead_pct": 12.5})
     rows.append(Variant("MHA", 200, 1).row("dense part") | {"reason": "out of memory"})
-    found = ads_cost.summarize(rows, AdsCost(devices=2))
+    found = ads_cost.summarize(rows, small=False)
     assert found["overhead_chunk10_pct"] == 3 and found["overhead_full_pct"] == 6
     assert found["din_overhead_full_pct"] == 12.5 and "din_overhead_chunk10_pct" not in found
     assert found["memory_overhead_chunk10_pct"] == pytest.approx(10) and found["two_gpu_speedup"] == 1.9
+    assert found["4_gpu_speedup"] == 3.5
     assert found["request_p99_ms_500"] == 17 and "dense_overhead_full_pct" not in found
 
 
@@ -163,7 +166,65 @@ def test_compiling_side_by_side_gives_each_its_own_program_or_the_reason():
         timing.compile_all({0: lambda: 1 / 0}, log=lambda _: None)
 
 
-@pytest.mark.parametrize("change", [{"parts": ("steps",)}, {"attentions": ()}, {"repeats": 0}, {"lengths": (0,)}])
+CASE = {"what": "whole step", "attention": "MHA", "length": 1000, "model": "ADS, chunks of 10"}
+
+
+def filed(path, rows, command="python -m experiments ads-cost", **figures):
+    made = results.record(
+        "ads_cost", started=results.begin(), seeds=[0], rows=rows, figures=figures, command=command, seconds=1.0
+    )
+    return results.write(path, made)
+
+
+def test_figures_are_of_what_the_rows_say_and_the_first_result_keeps_its_own(tmp_path):
+    """Sizes other than the defaults of the command that joins them; the second has them too."""
+    asked = {"what": "request", "candidates": 50, "p99_ms": 3.0, "p50_ms": 2.0}
+    a = filed(tmp_path / "a.json", [CASE | {"overhead_pct": 7.0}, CASE | asked], overhead_chunk10_pct=7.0)
+    b = [row | {"length": 200} for row in (CASE | {"overhead_pct": 1.0}, CASE | asked | {"p99_ms": 9.0})]
+    b = filed(tmp_path / "b.json", [*b, CASE | {"attention": "DIN", "overhead_pct": 4.0}])
+    found = ads_cost.run(AdsCost(joined=(a, b), out=tmp_path)).figures
+    assert found["overhead_chunk10_pct"] == 7 and found["din_overhead_chunk10_pct"] == 4
+    assert found["request_p99_ms_50"] == 3 and "request_p99_ms_500" not in found
+
+
+def test_what_was_joined_is_joined_with_more_and_nothing_is_there_twice(tmp_path):
+    own, other = CASE | {"ms": 2.0}, CASE | {"attention": "DIN", "ms": 3.0, "measured_on": "2 x H200", "commit": "c"}
+    new = filed(tmp_path / "new.json", [CASE | {"length": 50, "ms": 1.0}, CASE | {"reason": "not begun"}])
+    old = filed(tmp_path / "old.json", [own, other | {"command": "before"}])
+    *_, mine, theirs = ads_cost.run(AdsCost(joined=(new, old), out=tmp_path / "out")).rows
+    assert mine["command"] == "python -m experiments ads-cost" and theirs["command"] == "before"
+    assert theirs["measured_on"] == "2 x H200" and mine["measured_on"].startswith("8 x ")
+    again = filed(tmp_path / "again.json", [own])
+    said = (
+        r"what 'whole step', attention 'MHA', length 1000, model 'ADS, chunks of 10' is in .*old\.json and in .*again"
+    )
+    with pytest.raises(ValueError, match=said):
+        ads_cost.run(AdsCost(joined=(new, old, again), out=tmp_path / "out"))
+    for name, quick in (("figure", {"small_step_ms": 1.0}), ("command", {"command": "ads-cost --quick"})):
+        small = filed(tmp_path / f"{name}.json", [CASE | {"length": 20}], **quick)
+        with pytest.raises(ValueError, match=rf"old\.json and .*{name}\.json, one is of a quick run"):
+            ads_cost.run(AdsCost(joined=(old, small), out=tmp_path / "out"))
+
+
+def test_each_panel_says_what_it_shows(tmp_path):
+    columns = {"overhead_pct": 1.0, "temporaries_gib": 1.0, "p99_ms": 1.0}
+    rows = [CASE | columns | {"what": what} for what in ("whole step", "dense part", "request")]
+    page = ads_cost.page(results.read(filed(tmp_path / "a.json", rows)))
+    assert page.count("Medians over repeats") == 2
+    assert page.count("As the compiler counts them") == page.count("From ids on the host") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parts": ("steps",)},
+        {"attentions": ()},
+        {"repeats": 0},
+        {"lengths": (0,)},
+        {"limit": float("nan")},
+        {"joined": ()},
+    ],
+)
 def test_settings_say_what_is_wrong(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         AdsCost(**change)

@@ -1,16 +1,17 @@
 """The comparison over domains: what models read, equal tuning, and the command in small."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import ads_multidomain, ads_multidomain_rows, results, statistics
+from experiments import ads_multidomain, ads_multidomain_models, ads_multidomain_rows, results, statistics
 from experiments.ads_multidomain_models import ATTENTIONS, MODELS, QUICK, AdsMultidomain, Outcome, model_config, rivals
 from experiments.datasets import make_world
-from experiments.steps import multidomain
+from experiments.steps import multidomain, runs
 from experiments.steps.problem import make_problem
 from rec_core import metrics, training
 from rec_core.ranking import ctr
@@ -234,8 +235,18 @@ def test_all_models_are_compared_and_published(tmp_path, capsys, monkeypatch):
     assert ads_multidomain.run(both).figures == pytest.approx(figures | {"gain_at_zero_domain_dial": 0.5})
     with pytest.raises(ValueError, match=r"'world of 60 users, domain 0' is in .*result\.json and in .*0\.0\.json"):
         ads_multidomain.run(AdsMultidomain(joined=(tmp_path / "result.json", parts[-1]), out=tmp_path / "joined"))
+    calls.clear()
+    monkeypatch.setattr(runs, "_commit", lambda: "another")
+    for _ in range(2):
+        ads_multidomain.run(replace(quick, only=("DNN",), dials=(0.4,)))
+        assert len(calls) == 1, "another commit's models are not reported, its own are"
+    alone = ads_multidomain.run(replace(quick, only=("DNN",), dials=(0.4,), seeds=1))
+    assert len([row for row in alone.rows if "test_auc" in row]) == 1
+    page = (tmp_path / "report.html").read_text()
+    assert "No interval is shown." in page and "t over seeds" not in page
+    calls.clear()
     elsewhere = replace(quick, only=("STAR",), out=tmp_path / "kept", report=False)
-    assert ads_multidomain.run(elsewhere) is None and len(calls) == 2 * len(MODELS) + 2
+    assert ads_multidomain.run(elsewhere) is None and len(calls) == 2
     assert not (tmp_path / "kept" / "report.html").exists() and any((tmp_path / "kept" / "models").iterdir())
 
 
@@ -247,12 +258,27 @@ def test_all_models_are_compared_and_published(tmp_path, capsys, monkeypatch):
         ({"table_factors": (1.0, 0.0)}, r"table_factors=\(1\.0, 0\.0\): must be at least one number above 0"),
         ({"main": 0.5}, r"main=0\.5 must be one of dials"),
         ({"dials": ()}, r"dials=\(\): there are no data"),
-        ({"seeds": 0}, "seeds=0 must be at least 1"),
+        *(({name: 0}, f"{name}=0 must be at least") for name in ads_multidomain_models._LEAST),
+        ({"resamples": 19}, "resamples=19 must be at least 20"),
+        *(({name: (1.0, np.inf)}, f"{name}=.*and finite") for name in ("rates", "table_factors", "epochs")),
+        *(({"mean_length": value}, "mean_length=") for value in (0.0, np.inf, np.nan)),
+        *(({"dials": (0.4, value)}, "domain = .* must be") for value in (1.5, np.nan)),
+        ({"dials": (0.4, 0.4)}, r"dials=\(0\.4, 0\.4\): must differ"),
+        ({"items": 5}, "items = 5: must be at least categories x styles"),
+        ({"ml_1m": Path("/nowhere/ml-1m")}, "ml_1m=/nowhere/ml-1m: there is no such file"),
+        ({"taobao": Path("/nowhere/taobao")}, "taobao=/nowhere/taobao: there is no such file"),
+        ({"joined": ()}, "joined names no file"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         AdsMultidomain(**settings)
+
+
+@pytest.mark.parametrize("sizes", [(0, 100), (256, 0)])
+def test_no_samples_are_refused(problem, sizes):
+    with pytest.raises(ValueError, match=f"train is {sizes[0]} and test {sizes[1]}"):
+        multidomain.make_impressions(problem, name="w", train=sizes[0], test=sizes[1], length=8)
 
 
 def test_rare_domains_share_layers():

@@ -170,7 +170,7 @@ def ads_cost_result():
         origin = {"measured_on": "2 x H", "commit": 40 * "e", "command": "ads-cost --devices 2"}
         row = {"what": "devices", "attention": "MHA", "length": 200, "model": "m", "case": case, "speedup": speedup}
         rows.append(row | origin | {"devices": 2})
-    return rows, ads_cost.summarize(rows, ads_cost.AdsCost(devices=2))
+    return rows, ads_cost.summarize(rows, small=False)
 
 
 def ads_chunks_result():
@@ -279,6 +279,7 @@ SAID = {
         "along the dial: DIN +0.0030 at 0, +0.0030 at 0.4; MHA +0.0000 at 0,",
     ),
     "ads_chunks": (
+        "Behaviours that share a query of ADS on MHA (",
         "| alone | 0.6500 |  | 1,234,567 | 500 | 2.00 | 10.00 |  |",
         "| 10 | 0.6500 | +0.0020 [-0.0010, +0.0050] (0) | 1,234,567 | 500 | 2.12 | 10.60 | +6.0 [+5.0, +7.0] |",
     ),

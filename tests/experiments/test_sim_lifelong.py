@@ -8,7 +8,7 @@ import pytest
 import sim_jax
 from experiments import results, sim_lifelong
 from experiments.sim_lifelong_models import MODELS, QUICK, SimLifelong, Trained, long_term, model_config, recall
-from experiments.steps import lifelong
+from experiments.steps import lifelong, runs
 from experiments.steps.lifelong import Feed
 from rec_core.data.world import World, generate
 
@@ -90,7 +90,7 @@ def test_searches_that_keep_everything_find_all_of_each_other_and_clicks_are_ran
     assert hits.shape == (1, len(ranked.days)) and set(np.unique(hits)) <= {0.0, 1.0}
 
 
-def test_the_command_in_small(tmp_path, capsys):
+def test_the_command_in_small(tmp_path, capsys, monkeypatch):
     only = ("DIN", "SIM hard, time")
     made = sim_lifelong.run(SimLifelong(quick=True, only=only, out=tmp_path))
     assert results.read(tmp_path / "result.json") == made
@@ -105,6 +105,9 @@ def test_the_command_in_small(tmp_path, capsys):
     before = [path.stat().st_mtime_ns for path in kept]
     again = sim_lifelong.run(SimLifelong(quick=True, only=only, out=tmp_path))
     assert again.figures == made.figures and [path.stat().st_mtime_ns for path in kept] == before and len(kept) == 2
+    monkeypatch.setattr(runs, "_commit", lambda: "another")
+    with pytest.raises(ValueError, match="models holds nothing of these settings and this commit"):
+        sim_lifelong.run(SimLifelong(quick=True, only=only, train=False, out=tmp_path))
 
 
 def test_unknown_models_are_refused():

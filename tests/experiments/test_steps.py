@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import lum_jax
+from experiments import results
 from experiments.datasets import make_world
-from experiments.steps import rank
+from experiments.steps import rank, runs
 from experiments.steps.ask import ask, lay_out, looked_up, moments, version
 from experiments.steps.pretrain import columns, lum_config, lum_rows, pretrain
 from experiments.steps.problem import ANY, make_problem
@@ -23,6 +24,21 @@ from rec_core.store import StoreError
 from rec_core.training import DivergedError
 
 WORLD = World(users=60, items=220, categories=8, departments=2, domains=2, mean_length=20, max_length=60, seed=1)
+
+
+def test_a_kept_run_is_of_one_commit_and_one_version_of_jax(tmp_path, monkeypatch):
+    def file(identity=(1, "model")):
+        return runs.run_file(tmp_path, "w", identity)
+
+    own = file()
+    assert file() == own != file((2, "model"))
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "__version__", "0.0")
+        assert file() != own
+    runs._commit.cache_clear()
+    monkeypatch.setattr(results, "commit", lambda: "another")
+    assert file() != own
+    runs._commit.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -178,6 +178,8 @@ def test_options_out_of_range_are_named():
         ("twin", {"ages": (2.0, 1.0)}, "ages is .* must be increasing"),
         ("eta", {"bits": 0}, "ETA: bits is 0"),
         ("sdim", {"bits": 17}, "SDIM: bits is 17, must be at most 16"),
+        ("din", {"hidden": ()}, r"DIN: hidden is \(\), must be at least 1"),
+        ("din", {"hidden": (4, 0)}, "DIN: hidden is .*, must be at least 1"),
         ("can", {"hidden": (4, 0)}, "CAN: hidden is .*, must be at least 1"),
         ("mimn", {"induction": 5}, "MIMN: induction is 5, must be from 0 to slots"),
         ("mimn", {"slots": 2, "induction": 0}, "MIMN: slots is 2, must be at least 3, or balance=False"),

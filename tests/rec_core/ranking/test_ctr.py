@@ -113,7 +113,7 @@ def test_candidates_of_a_request_are_scored_as_one_by_one():
     for c in range(candidates):
         one = dataclasses.replace(BATCH, target={k: v[:, c] for k, v in target.items()}, dense=extra[:, c])
         np.testing.assert_allclose(many[:, c], apply(PARAMS, one, CONFIG), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"targets \[B, C\]"):
+    with pytest.raises(ValueError, match=r"target\['item'\]: shape \(8,\), must be \(8, C\)"):
         ctr.score(PARAMS, BATCH, CONFIG)
 
 
@@ -386,7 +386,64 @@ def test_check_names_field_row_and_value(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"label": BATCH.label[:, None]}, r"labels have shape \(8, 1\), logits \(8,\); they must be the same"),
+        ({"label": np.float32(1)}, r"labels have shape \(\), logits \(8,\)"),
+        ({"weight": BATCH.weight[:1]}, r"weight has shape \(1,\), must be \(8,\)"),
+        ({"mask": BATCH.mask[:, 1:]}, r"sequence\['item'\]: shape \(8, 6\), must be \(8, 5\)"),
+        ({"mask": BATCH.mask[0]}, r"mask: shape \(6,\), must be \[B, T\]"),
+        ({"time": BATCH.time[:, :2]}, r"time: shape \(8, 2\), must be \(8, 6\)"),
+        ({"dense": BATCH.dense[:, :2]}, r"dense: shape \(8, 2\), must be \(8, 3\)"),
+        ({"target": {}}, "target: field 'item' is missing"),
+        ({"user": {**BATCH.user, "user": BATCH.user["user"][:4]}}, r"user\['user'\]: shape \(4,\), must be \(8,\)"),
+        ({"context": {}}, "context: field 'hour' is missing"),
+    ],
+)
+def test_arrays_that_do_not_go_together_are_refused_under_jit(change, message):
+    with pytest.raises(ValueError, match=message):
+        jax.jit(ctr.loss, static_argnums=2)(PARAMS, dataclasses.replace(BATCH, **change), CONFIG)
+
+
+def test_requests_that_do_not_go_together_are_refused_under_jit():
+    asked = request(BATCH, 3)
+    for change, message in (
+        ({"target": {}}, "target: no field is there"),
+        ({"target": {**asked.target, "brand": BATCH.target["brand"]}}, r"target\['brand'\]: shape \(8,\), must be"),
+        ({"context": {}}, "context: field 'hour' is missing"),
+        ({"mask": BATCH.mask[:0]}, r"mask: shape \(0, 6\), must be \[B, T\] with at least one example"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.jit(ctr.score, static_argnums=2)(PARAMS, dataclasses.replace(asked, **change), CONFIG)
+
+
+def test_an_interest_that_reads_time_is_given_time():
+    config = dataclasses.replace(CONFIG, interest="twin", interest_options=(("cross", (4,)),))
+    timeless = dataclasses.replace(BATCH, time=None)
+    ctr.check(BATCH, config)
+    ctr.check(timeless, CONFIG)
+    for refuse in (ctr.check, lambda batch, config: ctr.apply({"tables": {}, "net": {}}, batch, config)):
+        with pytest.raises(ValueError, match="time: missing; interest 'twin' reads ages of behaviours"):
+            refuse(timeless, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"item_features": ()}, "item_features is empty"),
+        ({"embedding_scale": float("nan")}, "embedding_scale is nan, must be at least 0 and finite"),
+        (
+            {"interest_options": (("heds", 2),)},
+            r"interest_options names \['heds'\]; interest 'din' has \['hidden', 'so",
+        ),
+        (
+            {
+                "network": "star",
+                "domain_features": DOMAINS.domain_features,
+                "domain_field": "scenario",
+                "domains": 3,
+                "network_options": (("domains", 2),),
+            },
+            "network_options gives 2 domains, config.domains is 3; leave it out",
+        ),
         ({"interest": "dinn"}, r"interest is 'dinn', must be one of \['average', '"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
         ({"dropout": 1.0}, "dropout is 1.0"),

@@ -136,3 +136,15 @@ def test_dropout_acts_in_training_only():
     np.testing.assert_array_equal(module.apply(PARAMS["ppnet"], *inputs), OUTPUTS["ppnet"])
     dropped = module.apply(PARAMS["ppnet"], *inputs, deterministic=False, rngs={"dropout": jax.random.key(0)})
     assert np.abs(dropped - OUTPUTS["ppnet"]).max() > 1e-3
+
+
+def test_units_below_one_are_named():
+    for module, message in (
+        (FRNet(attention=0), "InformationExtraction: attention is 0, must be at least 1"),
+        (FRNet(hidden=-1), "InformationExtraction: hidden is -1, must be at least 1"),
+        (EPNet(hidden=0), "Gate: hidden is 0, must be at least 1"),
+        (PPNet((4,), gate_hidden=0), "Gate: hidden is 0, must be at least 1"),
+    ):
+        inputs = {FRNet: "frnet", EPNet: "epnet", PPNet: "ppnet"}[type(module)]
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(module.init, jax.random.key(0), *MODULES[inputs][1])
